@@ -630,8 +630,9 @@ SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN 
     ELSE 'off' END, true), {_seen(width)}, taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
 
 
-# Complete jobs. A join with the arrays would be planned, while the table is empty, as one that reads all jobs.
-_OF_THIS = "(CAST(:{} AS text[]))[array_position(CAST(:ids AS bigint[]), id)]"
+# Complete jobs. The ids are sorted; if the last tokens or results are equal, only the first of these is given. (A join
+# with the arrays would be planned, while the table is empty, as one that reads all jobs.)
+_OF_THIS = "(CAST(:{0} AS text[]))[least(width_bucket(id, CAST(:ids AS bigint[])), cardinality(CAST(:{0} AS text[])))]"
 _COMPLETE_THESE = f"""UPDATE jobs SET {COMPLETED}, result = {_OF_THIS.format("results")}
     WHERE id = ANY (CAST(:ids AS bigint[])) AND lease_token = {_OF_THIS.format("tokens")}"""
 
@@ -664,25 +665,26 @@ SELECT id, has_dependents FROM done"""
 class Reach:
     """How the next claim looks for jobs, adapted to what the last ones saw.
 
-    For many tasks, shares are faster. They are enlarged if they do not suffice, as when the jobs of a few of the tasks
-    come first, or other consumers have locked them; then, a number of claims merges lazily.
+    For one task, which has a share as large as the claim, and for many tasks, shares are faster. They are enlarged if
+    they do not suffice, as when the jobs of a few of the tasks come first, or other consumers have locked them; then, a
+    number of claims merges lazily.
     """
 
     def __init__(self) -> None:
-        self._tasks = 1  # tasks that have jobs, counted per queue
+        self._tasks = 0  # tasks that have jobs, counted per queue
         self._times = 1  # how large shares are
         self._sufficed = self._lazily = 0  # numbers of claims: those whose shares sufficed, and those to merge lazily
 
     def width(self) -> int:
-        if self._tasks > WIDTHS[1] and not self._lazily:
+        if (self._tasks == 1 or self._tasks > WIDTHS[1]) and not self._lazily:
             return SHARES
         return next((width for width in WIDTHS if width >= self._tasks), WIDTHS[-1])
 
     def share(self, limit: int) -> int:
-        return 1 + self._times + self._times * limit // self._tasks
+        return 1 + self._times + self._times * limit // max(1, self._tasks)
 
     def adapt(self, width: int, limit: int, *, tasks: int, looked_at: int, taken: int) -> None:
-        self._tasks = max(1, tasks)
+        self._tasks = tasks
         if width != SHARES:
             self._lazily = max(0, self._lazily - 1) if taken == limit else 0
         elif taken == 0:

@@ -447,16 +447,18 @@ UPDATE jobs SET {LEASED} WHERE id = (SELECT id FROM ({_CANDIDATES}) candidates O
 RETURNING {RETURNED}"""
 
 # The first row of an index. (For min(), PostgreSQL may read all jobs of a state: it plans once, perhaps with few jobs.)
-FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)"
-FIRST_SCHEDULE = "(SELECT next_at FROM schedules WHERE paused = 0 ORDER BY next_at LIMIT 1)"
-FIRST_EXPIRING = f"(SELECT expires_at FROM jobs WHERE {EXPIRES} ORDER BY expires_at LIMIT 1)"
-FIRST_LEASE_END = "(SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)"
+# On PostgreSQL, the index keeps entries of jobs that have changed since the last vacuum; a condition in {} skips most.
+FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' {} ORDER BY run_at LIMIT 1)"
+FIRST_SCHEDULE = "(SELECT next_at FROM schedules WHERE paused = 0 {} ORDER BY next_at LIMIT 1)"
+FIRST_EXPIRING = f"(SELECT expires_at FROM jobs WHERE {EXPIRES} {{}} ORDER BY expires_at LIMIT 1)"
+FIRST_LEASE_END = "(SELECT lease_expires_at FROM jobs WHERE state = 'processing' {} ORDER BY lease_expires_at LIMIT 1)"
 
 # Return whether a scheduled job or a schedule is due or a job has expired, whether a lease has expired, and
 # whether groups take turns.
 OVERDUE = f"""
-SELECT {FIRST_DUE} <= :now OR {FIRST_SCHEDULE} <= :now OR {FIRST_EXPIRING} <= :now AS due,
-    {FIRST_LEASE_END} <= :now AS expired,
+SELECT coalesce({FIRST_DUE.format("AND run_at <= :now")}, {FIRST_SCHEDULE.format("AND next_at <= :now")},
+        {FIRST_EXPIRING.format("AND expires_at <= :now")}) IS NOT NULL AS due,
+    {FIRST_LEASE_END.format("AND lease_expires_at <= :now")} IS NOT NULL AS expired,
     EXISTS (SELECT 1 FROM queues WHERE grouped = 1) AS grouped"""
 
 # Where a consumer may take jobs from groups.
@@ -483,9 +485,9 @@ SELECT min(at) FROM (
     UNION ALL SELECT * FROM (
         SELECT next_at FROM queue_groups WHERE next_at > 0 AND {SERVED} ORDER BY next_at LIMIT 1) delayed
     UNION ALL {_UNNAMED_AT}
-    UNION ALL SELECT {FIRST_DUE}
-    UNION ALL SELECT {FIRST_SCHEDULE}
-    UNION ALL SELECT {FIRST_LEASE_END}) events"""
+    UNION ALL SELECT {FIRST_DUE.format("")}
+    UNION ALL SELECT {FIRST_SCHEDULE.format("")}
+    UNION ALL SELECT {FIRST_LEASE_END.format("")}) events"""
 
 
 # Return when the next job may be available to the consumer; 0: now.

@@ -409,6 +409,23 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def _without_repeats(values: list[str | None]) -> list[str | None]:
+    """Leave out the values at the end that are equal to the one before."""
+    end = len(values)
+    while end > 1 and values[end - 1] == values[end - 2]:
+        end -= 1
+    return values[:end]
+
+
+def _completed(completions: list[tuple[Job, str | None]]) -> Params:
+    """Return parameters of the statements that complete several jobs."""
+    return {
+        "ids": sorted({job.id for job, _ in completions}),
+        "tokens": _without_repeats([job.lease_token for job, _ in completions]),
+        "results": _without_repeats([result for _, result in completions]),
+    }
+
+
 class PersistentQSQLAlchemy(PersistentQInterface):
     """The queue at postgresql://…, or at sqlite:///PATH: in the same file as `PersistentQSQLite`, at the same time.
 
@@ -809,13 +826,14 @@ class OnPostgres(PersistentQSQLAlchemy):
     ) -> tuple[list[Job], list[Job]]:
         """Do it in one round trip unless it is time to check for dead consumers, or there are jobs to reclaim."""
         completions = sorted(completions, key=lambda done: done[0].id)  # rows are always locked in this order
-        tokens = {job.id: job.lease_token for job, _ in completions}
+        done = _completed(completions)
+        ids = done["ids"]
         looks = time.monotonic() - self._dead_checked_at >= pqueue.DEAD_CHECK_SECONDS
         if looks and not self.in_transaction:
             self._open_listener()  # restarts its thread if it died
             with self._transaction(durable=False) as session:
                 session.run(pqueue_postgres.MERGE_CHANGES)
-        if limit == 0 or looks or self._takes_turns or self.in_transaction or len(tokens) < len(completions):
+        if limit == 0 or looks or self._takes_turns or self.in_transaction or len(ids) < len(completions):
             return self._step_by_step(completions, me, limit, wanted, lease_seconds, now)
         now = self._time(now)
         claim = pqueue.claim_params(me, limit, wanted, lease_seconds, now)
@@ -823,22 +841,20 @@ class OnPostgres(PersistentQSQLAlchemy):
         width = reach.width()
         sql = pqueue_postgres.complete_and_claim(width) if completions else pqueue_postgres.claim_alone(width)
         claim["share"] = reach.share(limit)
-        done = {"number": len(tokens), "ids": list(tokens), "tokens": list(tokens.values())}
         session = self._transaction()
-        rows = session.alone(sql, {**claim, **done, "results": [result for _, result in completions]})
+        rows = session.alone(sql, {**claim, **done, "number": len(ids)})
         taken = [row[3:] for row in rows if row[3] is not None]
         reach.adapt(width, limit, tasks=rows[0][1], looked_at=rows[0][2], taken=len(taken))
         jobs = self._claimed_jobs(session, taken, claim)
         # Those whose lease was lost, or that others wait for. If there are any, nothing was claimed.
         left = [each for each in completions if rows[0][0] is not None and each[0].id not in rows[0][0]]
         if completions and self.is_awaited:
-            session.finished = list(tokens)
+            session.finished = ids
             session._wake_waiters()
         if left:
             return self._step_by_step(left, me, limit, wanted, lease_seconds, now)
-        again = self._complete_and_claim if width == pqueue_postgres.SHARES else self._step_by_step
         with suppress(QueueBusy) if completions else nullcontext():  # an error must not hide what was completed
-            jobs = jobs or again([], me, limit, wanted, lease_seconds, now)[0]
+            jobs = jobs or self._step_by_step([], me, limit, wanted, lease_seconds, now)[0]
         return jobs, []
 
     def _step_by_step(self, *arguments: Any) -> tuple[list[Job], list[Job]]:
@@ -849,10 +865,9 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         """Do it in one statement."""
-        tokens = {job.id: job.lease_token for job, _ in completions}
-        if len(tokens) < len(completions):
+        params = _completed(completions)
+        if len(params["ids"]) < len(completions):
             return super()._complete_all(session, completions, now)
-        params = {"ids": list(tokens), "tokens": list(tokens.values()), "results": [each for _, each in completions]}
         done = dict(session.run(pqueue_postgres.COMPLETE_ALL, {**params, "now": now})) if completions else {}
         parents = [job_id for job_id, has_dependents in done.items() if has_dependents]
         self._follow_up(session, parents, now, completed=True)

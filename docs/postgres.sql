@@ -534,8 +534,9 @@ RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempt
 -- Return whether a scheduled job or a schedule is due or a job has expired, whether a lease has expired, and whether
 -- groups take turns.
 -- $1 now
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $1 OR (SELECT next_at FROM pqueue.schedules WHERE paused = 0 ORDER BY next_at LIMIT 1) <= $1 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $1 AS due,
-    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $1 AS expired,
+SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND run_at <= $1 ORDER BY run_at LIMIT 1), (SELECT next_at FROM pqueue.schedules WHERE paused = 0 AND next_at <= $1 ORDER BY next_at LIMIT 1),
+        (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') AND expires_at <= $1 ORDER BY expires_at LIMIT 1)) IS NOT NULL AS due,
+    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at <= $1 ORDER BY lease_expires_at LIMIT 1) IS NOT NULL AS expired,
     EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped;
 
 -- NEXT_EVENT
@@ -568,9 +569,9 @@ WHERE q.grouped = 1 AND q.paused = 0
     AND t.queue = q.name AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)
     AND (q.max_running IS NULL OR q.max_running > (
         SELECT count(*) FROM pqueue.jobs WHERE queue = q.name AND "group" = '' AND state = 'processing' AND counted = 1))
-    UNION ALL SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)
-    UNION ALL SELECT (SELECT next_at FROM pqueue.schedules WHERE paused = 0 ORDER BY next_at LIMIT 1)
-    UNION ALL SELECT (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)) events;
+    UNION ALL SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled'  ORDER BY run_at LIMIT 1)
+    UNION ALL SELECT (SELECT next_at FROM pqueue.schedules WHERE paused = 0  ORDER BY next_at LIMIT 1)
+    UNION ALL SELECT (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing'  ORDER BY lease_expires_at LIMIT 1)) events;
 
 -- NEXT_DUE
 -- Return when the first scheduled job that the consumer may take is due, or the first schedule of one; NULL: none.
@@ -1616,8 +1617,8 @@ SELECT id FROM added;
 -- Complete jobs; return their ids, and whether others may depend on them.
 -- $1 now, $2 results, $3 ids, $4 tokens
 WITH done AS (
-    UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($2 AS text[]))[array_position(CAST($3 AS bigint[]), id)]
-    WHERE id = ANY (CAST($3 AS bigint[])) AND lease_token = (CAST($4 AS text[]))[array_position(CAST($3 AS bigint[]), id)]
+    UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($2 AS text[]))[least(width_bucket(id, CAST($3 AS bigint[])), cardinality(CAST($2 AS text[])))]
+    WHERE id = ANY (CAST($3 AS bigint[])) AND lease_token = (CAST($4 AS text[]))[least(width_bucket(id, CAST($3 AS bigint[])), cardinality(CAST($4 AS text[])))]
     RETURNING id, has_dependents, queue, task, run_at, started_at, finished_at),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
@@ -1945,8 +1946,9 @@ first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tas
 taken AS (
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4, lease_token = $5, lease_expires_at = $6, started_at = $7
 WHERE NOT EXISTS (SELECT FROM (
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $7 OR (SELECT next_at FROM pqueue.schedules WHERE paused = 0 ORDER BY next_at LIMIT 1) <= $7 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $7 AS due,
-    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $7 AS expired,
+SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND run_at <= $7 ORDER BY run_at LIMIT 1), (SELECT next_at FROM pqueue.schedules WHERE paused = 0 AND next_at <= $7 ORDER BY next_at LIMIT 1),
+        (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') AND expires_at <= $7 ORDER BY expires_at LIMIT 1)) IS NOT NULL AS due,
+    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at <= $7 ORDER BY lease_expires_at LIMIT 1) IS NOT NULL AS expired,
     EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
     grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) OR name IN
     (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)
@@ -1985,8 +1987,8 @@ WITH heads AS MATERIALIZED (
     ORDER BY priority DESC, run_at, id LIMIT 2),
 first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads),
 done AS (
-    UPDATE pqueue.jobs SET state = 'completed', finished_at = $3, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($4 AS text[]))[array_position(CAST($5 AS bigint[]), id)]
-    WHERE id = ANY (CAST($5 AS bigint[])) AND lease_token = (CAST($6 AS text[]))[array_position(CAST($5 AS bigint[]), id)] AND has_dependents = 0
+    UPDATE pqueue.jobs SET state = 'completed', finished_at = $3, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($4 AS text[]))[least(width_bucket(id, CAST($5 AS bigint[])), cardinality(CAST($4 AS text[])))]
+    WHERE id = ANY (CAST($5 AS bigint[])) AND lease_token = (CAST($6 AS text[]))[least(width_bucket(id, CAST($5 AS bigint[])), cardinality(CAST($6 AS text[])))] AND has_dependents = 0
     RETURNING id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
@@ -2000,8 +2002,9 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
 taken AS (
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $8, lease_token = $9, lease_expires_at = $10, started_at = $3
 WHERE (SELECT count(*) FROM done WHERE of_group = '') = $11 AND NOT EXISTS (SELECT FROM (
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $3 OR (SELECT next_at FROM pqueue.schedules WHERE paused = 0 ORDER BY next_at LIMIT 1) <= $3 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $3 AS due,
-    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $3 AS expired,
+SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND run_at <= $3 ORDER BY run_at LIMIT 1), (SELECT next_at FROM pqueue.schedules WHERE paused = 0 AND next_at <= $3 ORDER BY next_at LIMIT 1),
+        (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') AND expires_at <= $3 ORDER BY expires_at LIMIT 1)) IS NOT NULL AS due,
+    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at <= $3 ORDER BY lease_expires_at LIMIT 1) IS NOT NULL AS expired,
     EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
     grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) OR name IN
     (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)
@@ -2045,8 +2048,8 @@ WITH heads AS MATERIALIZED (
          WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id LIMIT $1)),
 done AS (
-    UPDATE pqueue.jobs SET state = 'completed', finished_at = $5, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($6 AS text[]))[array_position(CAST($7 AS bigint[]), id)]
-    WHERE id = ANY (CAST($7 AS bigint[])) AND lease_token = (CAST($8 AS text[]))[array_position(CAST($7 AS bigint[]), id)] AND has_dependents = 0
+    UPDATE pqueue.jobs SET state = 'completed', finished_at = $5, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($6 AS text[]))[least(width_bucket(id, CAST($7 AS bigint[])), cardinality(CAST($6 AS text[])))]
+    WHERE id = ANY (CAST($7 AS bigint[])) AND lease_token = (CAST($8 AS text[]))[least(width_bucket(id, CAST($7 AS bigint[])), cardinality(CAST($8 AS text[])))] AND has_dependents = 0
     RETURNING id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
@@ -2060,8 +2063,9 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
 taken AS (
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($9 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4, lease_token = $10, lease_expires_at = $11, started_at = $5
 WHERE (SELECT count(*) FROM done WHERE of_group = '') = $12 AND NOT EXISTS (SELECT FROM (
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $5 OR (SELECT next_at FROM pqueue.schedules WHERE paused = 0 ORDER BY next_at LIMIT 1) <= $5 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $5 AS due,
-    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $5 AS expired,
+SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND run_at <= $5 ORDER BY run_at LIMIT 1), (SELECT next_at FROM pqueue.schedules WHERE paused = 0 AND next_at <= $5 ORDER BY next_at LIMIT 1),
+        (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') AND expires_at <= $5 ORDER BY expires_at LIMIT 1)) IS NOT NULL AS due,
+    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at <= $5 ORDER BY lease_expires_at LIMIT 1) IS NOT NULL AS expired,
     EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
     grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) OR name IN
     (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)

@@ -117,7 +117,7 @@ def explain_claims(queue, option, limit, share):
         "queues": None,
         "tasks": None,
         "token": "t.1",
-        "now": 2e9,
+        "now": time.time(),
         "lease_expires_at": 3e9,
         "known_attempts": None,
         "share": share,
@@ -168,6 +168,18 @@ def test_consumer_looks_at_fewer_jobs_of_each_task_when_that_has_sufficed_for_a_
         shares.append(reach.share(8))
         reach.adapt(pqueue_postgres.SHARES, 8, tasks=8, looked_at=8, taken=taken)
     assert shares == [shares[0], 3, 5, *[9] * pqueue_postgres.SUFFICED, *[5] * pqueue_postgres.SUFFICED]
+
+
+def test_claim_does_not_read_the_leases_of_jobs_that_have_finished_since_the_last_vacuum(queue):
+    with queue.transaction() as db:
+        db.exec_driver_sql("ALTER TABLE pqueue.jobs SET (autovacuum_enabled = off)")
+    queue.enqueue_many("t", range(20_000))
+    jobs: list[pqueue.Job] = []
+    for _ in range(20_000 // 250 + 1):
+        jobs, _ = queue.complete_and_dequeue([(job, None) for job in jobs], "w", 250)
+    assert queue.stats()["states"]["completed"] == 20_000
+    _, plan = explain(queue, pqueue_schema.OVERDUE, {"now": time.time()}, "ANALYZE, BUFFERS,")
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 10
 
 
 @pytest.mark.parametrize("queues", [1, 30, 200])
