@@ -747,20 +747,22 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _error(self, error: sqlite3.Error) -> QueueError:
         text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote names from the file
+        name = getattr(error, "sqlite_errorname", "")  # since Python 3.11
         if "locked" in text or "busy" in text:
             held = f"another writer held it for {self._busy_seconds:g} s"
-            if any(each is not self and each.path == self.path and each.in_transaction for each in list(_queues)):
+            if name == "SQLITE_BUSY_SNAPSHOT":
+                held = "another writer has committed since the transaction read: roll back, and execute BEGIN IMMEDIATE"
+            elif any(each is not self and each.path == self.path and each.in_transaction for each in list(_queues)):
                 held += "; it is a transaction of another queue object in this thread: use that one, and TASK.on(queue)"
             return QueueBusy(f"cannot use {self.path}: {'; '.join([held, *self._writer_lock.problems()])}")
-        cannot_grow = getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_SHMSIZE"  # the index of the log
-        if cannot_grow or "disk is full" in text:
+        if name == "SQLITE_IOERR_SHMSIZE" or "disk is full" in text:  # the index of the log cannot grow
             return QueueFull(f"cannot write to {self.path}: its disk is full")
         if "not a database" in text:
             return SchemaMismatch(f"cannot use {self.path}: expected an SQLite database, got another file")
         if "readonly" in text or "unable to open" in text:
-            reason, folder = "no permission, no free descriptor, or it is gone", self.path.parent
-            if not os.access(folder, os.W_OK):  # for the log
-                reason = error_reason(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), folder)
+            reason = "no permission, a read-only connection, no free descriptor, or it is gone"
+            if not os.access(self.path.parent, os.W_OK):  # for the log
+                reason = error_reason(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), self.path.parent)
             return QueueError(f"cannot write to {self.path}: {reason} ({text})")
         if "malformed" in text:
             return QueueError(

@@ -5725,8 +5725,8 @@ os._exit(0)
             ("other.db", elsewhere, {}, []),
             ("execute BEGIN first", self.path, {"isolation_level": None}, []),
             ("temporary table 'jobs'", self.path, {}, ["CREATE TEMP TABLE jobs (id)"]),
-            ("readonly", self.path, {}, ["PRAGMA query_only = 1"]),
-            ("readonly", f"{self.path.resolve().as_uri()}?mode=ro", {"uri": True}, []),
+            ("a read-only connection", self.path, {}, ["PRAGMA query_only = 1"]),
+            ("a read-only connection", f"{self.path.resolve().as_uri()}?mode=ro", {"uri": True}, []),
         ]
         if q.durability == "full":
             refusals.append(("PRAGMA synchronous = FULL", self.path, {}, ["PRAGMA synchronous = NORMAL"]))
@@ -5738,6 +5738,16 @@ os._exit(0)
                 with self.assertRaisesRegex(QueueError, message), q.join(connection):
                     pass
         self.assertEqual(q.count_jobs(), 0)
+
+    def test_transaction_that_has_read_is_told_how_to_begin_once_another_writer_has_committed(self):
+        with closing(sqlite3.connect(self.path, timeout=0)) as connection:
+            connection.execute("BEGIN")
+            connection.execute("SELECT * FROM jobs").fetchall()
+            self.queue.enqueue("t")
+            said = "BEGIN IMMEDIATE" if sys.version_info >= (3, 11) else "another writer held it"
+            with self.assertRaisesRegex(QueueBusy, said), self.queue.join(connection):
+                self.queue.enqueue("t")
+        self.assertEqual(self.queue.count_jobs(), 1)
 
     def test_connection_with_a_temporary_table_of_its_own_is_joined(self):
         with closing(sqlite3.connect(self.path)) as connection:
@@ -6811,8 +6821,8 @@ class Files(SQLiteCase):
             "database or disk is full": "QueueFull: cannot write to .*: its disk is full",
             "disk image is malformed": "QueueError: cannot use .*: it is damaged .*: stop all .* restore",
             "file is not a database": "SchemaMismatch: cannot use .*: expected an SQLite database, got another file",
-            "attempt to write a readonly database": "QueueError: cannot write to .*: no permission, no free descriptor",
-            "unable to open database file": "QueueError: cannot write to .*: no permission, no free descriptor",
+            "attempt to write a readonly database": "QueueError: cannot write to .*: no permission, a read-only conn",
+            "unable to open database file": "QueueError: cannot write to .*: no permission, a read-only conn",
             "no such table: a\x07b": "QueueError: cannot use .*: no such table: a.b$",
         }.items():
             with self.subTest(message):
