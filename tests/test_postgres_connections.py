@@ -123,6 +123,15 @@ def test_thread_waits_for_a_connection_and_then_raises_queue_busy(database):
         assert told
 
 
+def test_connection_that_could_not_be_opened_leaves_its_place_to_another(database):
+    with closing(PersistentQSQLAlchemy(with_query(database, max_connections="2"), busy_seconds=1)) as queue:
+        queue._pool.close_idle(0)
+        for _ in range(2):
+            with mock.patch.object(queue._pool, "_connect", side_effect=QueueBusy("away")), pytest.raises(QueueBusy):
+                queue.enqueue("t")
+        assert queue.enqueue("t")
+
+
 def test_forked_child_and_parent_each_have_connections_of_their_own(admin, queue):
     queue.enqueue_many("t", range(4))
     job = queue.dequeue("w")
