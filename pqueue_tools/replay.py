@@ -27,7 +27,7 @@ from unittest import mock
 
 import pqueue
 from pqueue import FINISHED, TASKS, InvalidTransition, Job, PersistentQInterface, QueueError, QueueFull, Snooze
-from pqueue_files import open_own, temporary_folder
+from pqueue_files import part_of, temporary_folder
 from pqueue_tasks import opened
 from pqueue_tools import file_task, termination, worker
 from pqueue_tools.masking import masked_job, masked_text
@@ -381,8 +381,9 @@ def save_test(queue: PersistentQInterface, job: Job, modules: list[str], path: P
         error=failure,
     )
     try:
-        with open(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as file:
-            file.write(text)
+        with part_of(path) as part:
+            part.write_text(text, encoding="utf-8")
+            os.link(part, path)  # unlike a rename, replaces no file
     except OSError as error:
         raise QueueError(f"cannot save {path}: {error.strerror}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from conftest import PATIENCE_SECONDS, ROOT, wait_until
 from test_postgres import database, server  # noqa: F401 - fixtures
 
 import pqueue
+from pqueue_tools import replay as replay_tool
 
 TASKS = """
 import asyncio, logging, sys, threading, time
@@ -255,6 +257,18 @@ def test_saved_test_fails_as_the_job_did_until_its_task_is_fixed(queue, replay, 
     again = replay(job_id, "--import", "tasks", "--save", "test_saved.py")
     assert (again.returncode, again.stderr.count("\n")) == (1, 1)
     assert "cannot save test_saved.py: File exists" in again.stderr
+
+
+def test_test_that_cannot_be_saved_whole_is_not_saved(queue, tmp_path):
+    job = queue.get(failed(queue, "charge", {"order": "x" * 100_000}))
+    before, limits = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(pqueue.QueueError, match="cannot save .*: File too large"):
+            replay_tool.save_test(queue, job, ["tasks"], tmp_path / "test_saved.py")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_replay_and_its_saved_test_have_the_results_of_the_jobs_it_ran_after(queue, replay, place):
