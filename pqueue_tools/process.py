@@ -22,6 +22,7 @@ from typing import IO, Any, NoReturn, TypeVar, cast
 
 import pqueue
 from pqueue import Job, PersistentQInterface, QueueBusy, QueueError, QueueFull
+from pqueue_files import part_of, sync
 from pqueue_tasks import current_job
 from pqueue_tools import termination
 from pqueue_tools.masking import masked_text
@@ -238,6 +239,15 @@ def on_termination(handler: Any) -> None:
     for number in termination.SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN or number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
+
+
+def create_whole(path: Path, text: str) -> None:
+    """Create a file with this text, durably, or none. Raises OSError, also if the file exists."""
+    with part_of(path) as part:
+        part.write_text(text, encoding="utf-8")
+        sync(part)
+        os.link(part, path)  # unlike a rename, this replaces no file
+        sync(path.parent)
 
 
 @contextmanager

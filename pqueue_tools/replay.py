@@ -27,13 +27,13 @@ from unittest import mock
 
 import pqueue
 from pqueue import FINISHED, TASKS, InvalidTransition, Job, PersistentQInterface, QueueError, QueueFull, Snooze
-from pqueue_files import part_of, temporary_folder
+from pqueue_files import temporary_folder
 from pqueue_tasks import opened
 from pqueue_tools import file_task, termination, worker
 from pqueue_tools.masking import masked_job, masked_text
 from pqueue_tools.outcome import error_text, settle, summary
 from pqueue_tools.output import CommandResult
-from pqueue_tools.process import print_error, utc_now
+from pqueue_tools.process import create_whole, print_error, utc_now
 from pqueue_tools.report import ago, first_line, json_text, printable, short_span
 
 CONSUMER = "replay"
@@ -381,9 +381,7 @@ def save_test(queue: PersistentQInterface, job: Job, modules: list[str], path: P
         error=failure,
     )
     try:
-        with part_of(path) as part:
-            part.write_text(text, encoding="utf-8")
-            os.link(part, path)  # unlike a rename, replaces no file
+        create_whole(path, text)
     except OSError as error:
         raise QueueError(f"cannot save {path}: {error.strerror}") from None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import os
 import re
-import secrets
 import shlex
 import socket
 import sys
@@ -16,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pqueue_files import make_folder, open_own, sync, sync_file
-from pqueue_tools.process import blocked_signals
+from pqueue_files import make_folder, sync
+from pqueue_tools.process import blocked_signals, create_whole
 from pqueue_tools.report import printable
 from pqueue_values import command_line
 
@@ -325,21 +324,11 @@ def _path(group: str) -> Path:
 
 
 def _create(path: Path, text: str) -> bool:
-    """Create a file atomically. Return False if it exists already."""
-    new = path.with_name(f"{secrets.token_hex(8)}.new")
-    try:
-        with os.fdopen(open_own(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            # Else a power cut might leave a partial file, with which supervisord does not start.
-            sync_file(file.fileno())
-        os.link(new, path)
-        sync(path.parent)
-    except FileExistsError:
-        return False
-    finally:
-        new.unlink(missing_ok=True)
-    return True
+    """Create a file; return False if it exists already. With a partial one, supervisord would not start."""
+    with suppress(FileExistsError):
+        create_whole(path, text)
+        return True
+    return False
 
 
 def log_lines(folder: Path, job_id: int, most_bytes: int | None = None) -> list[dict[str, str]]:

@@ -190,7 +190,8 @@ def test_project_runs_under_supervisor_from_the_configuration_that_the_manager_w
     jobs = [queue.enqueue("sum_up", [5, 6], queue=name) for name in ("default", "more")]
     wait_until(lambda: [queue.get(job).result for job in jobs] == [11, 11])
     wait_until(lambda: "dashboard at" in (project.folder / "var/log/ops.log").read_text())
-    assert b"consumer2_00" in urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=PATIENCE_SECONDS).read()
+    page = f"http://127.0.0.1:{port}"
+    wait_until(lambda: b"consumer2_00" in urllib.request.urlopen(page, timeout=PATIENCE_SECONDS).read())
     done = project.run("pqueue-manager", "--remove", "consumer2")
     assert (done.returncode, done.stdout) == (0, "removed consumer2\n"), done.stderr
     child.send_signal(signal.SIGINT)
