@@ -573,9 +573,9 @@ def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
     if options.consumer and options.consumer not in {each["name"] for each in queue.consumers(job_ids=False)}:
         print_error("admin", f"note: no consumer named {options.consumer!r} has connected yet")
     with queue.exclusive([job.id]):
-        now = queue.get(job.id)
-        if now.state == "processing" and now.lease_token != job.lease_token and not options.yes:
-            raise Problem(f"cannot assign job {job.id}: {now.consumer} has just taken it; repeat the command")
+        current = queue.get(job.id)
+        if current.state == "processing" and current.lease_token != job.lease_token and not options.yes:
+            raise Problem(f"cannot assign job {job.id}: {current.consumer} has just taken it; repeat the command")
         queue.assign(job.id, options.consumer)
     done = f"assigned to {options.consumer or 'any consumer'}"
     return CommandResult([{"job": job.id, "done": done}], f"job {job.id} {done}")

@@ -608,7 +608,7 @@ class Keeper:
             # guard: a job that another one took down loses no attempt
             self.leases.release(job)
             return
-        error, _, trace = NEIGHBOUR.partition("\n")
+        error, trace = NEIGHBOUR, ""
         if is_blamed:
             error, _, trace = (self.record.error(run) or self._error(run, reason, len(blamed))).partition("\n")
             trace = trace or "\n".join(self._traceback(self.record.slots[number]))
