@@ -296,7 +296,7 @@ def logs(_: None, options: argparse.Namespace) -> CommandResult:
     "stats",
     Parameter(
         "--by",
-        "queue: jobs by state, with --since: what happened; task: what happened",
+        "count by queue or by task; by queue and without --since, jobs are counted by state",
         OneOf(*BY),
         BY[0],
         "|".join(BY),
@@ -308,7 +308,7 @@ def logs(_: None, options: argparse.Namespace) -> CommandResult:
     stats --by queue --since 1h""",
 )
 def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Count jobs by queue and state, or by queue or task what happened to them."""
+    """Count jobs by queue and state, or count what happened to them, by queue or task."""
     if options.by == "task" or options.since is not None:
         since = range_start(options.since, now_shown()) if isinstance(options.since, Ago) else options.since
         return CommandResult(outcome_rows(queue, since, options.by))
@@ -345,7 +345,7 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     Parameter("--after", "run it after these jobs have finished: 17,18", id_list, metavar="IDS"),
     Parameter(
         "--after-failed",
-        "if one of them fails: fail it, too (default), or run it",
+        "if one of those fails: fail this job, too (default), or run it",
         OneOf("fail", "run"),
         metavar="WHAT",
     ),
@@ -716,7 +716,7 @@ def keep(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
     on-failed orders --none""",
 )
 def on_failed(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Set the task that gets a job for each job of a queue that fails; without arguments, list these tasks."""
+    """Set the task that handles the failures of a queue, with a job for each; without arguments, list these tasks."""
     if options.queue is None and not options.none:
         rows = [
             dict(zip(("of", "name"), key.split(":", 1), strict=True), task=task)
@@ -806,7 +806,7 @@ def schedules(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
         "|".join(pqueue_cron.ON_MISSED),
     ),
     EXPIRE,
-    Parameter("--overlap", "also while the previous job is unfinished", flag=True),
+    Parameter("--overlap", "enqueue a job even while the previous one is unfinished", flag=True),
     Parameter("--queue", "queue of the jobs", default="default", metavar="QUEUE"),
     Parameter("--group", "group of the jobs", metavar="GROUP"),
     Parameter("--priority", "higher runs first", _priority, "0", "N"),

@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--log-level", choices=LEVELS, default="info", help="lowest level to log, also for tasks (default: %(default)s)"
     )
-    add("--log-format", choices=("text", "json"), default="text", help="(default: %(default)s)")
+    add("--log-format", choices=("text", "json"), default="text", help="format of the log (default: %(default)s)")
     add("--drain", action="store_true", help="stop when no job is pending; the exit code is 1 if jobs failed")
     add(
         "--wait",
@@ -185,10 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "run up to N jobs at the same time: async tasks in an event loop, others in threads (default: %(default)s)"
     add("--concurrency", type=whole_number(1, MAX_CONCURRENCY), default=1, metavar="N", help=text)
     add("--max-jobs", type=whole_number(1), metavar="N", help="start a new worker process after N jobs")
-    add("--max-rss", type=whole_number(1), metavar="MB", help="start a new worker process when it uses more memory")
-    add(
-        "--lease-seconds", type=seconds(0.001), default=pqueue.LEASE_SECONDS, metavar="S", help="(default: %(default)g)"
-    )
+    add("--max-rss", type=whole_number(1), metavar="MB", help="start a new worker process when it uses more than this")
+    text = "how long this consumer keeps a job if it hangs (default: %(default)g)"
+    add("--lease-seconds", type=seconds(0.001), default=pqueue.LEASE_SECONDS, metavar="S", help=text)
     return parser
 
 

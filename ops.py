@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     except ValueError as error:
         parser.error(f"PQUEUE_OPS_PORT: {error}")
     add("--host", type=not_blank, default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=whole_number(0, 65535), default=port, help="(default: PQUEUE_OPS_PORT, or 8501)")
+    add("--port", type=whole_number(0, 65535), default=port, help="port (default: PQUEUE_OPS_PORT, or 8501)")
     add("--streamlit", action="store_true", help="use Streamlit, if it is installed")
     add("--check", action="store_true", help="print the address and exit; fail if the port is in use")
     return parser
