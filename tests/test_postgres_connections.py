@@ -132,6 +132,24 @@ def test_connection_that_could_not_be_opened_leaves_its_place_to_another(databas
         assert queue.enqueue("t")
 
 
+@pytest.mark.parametrize("reserved", [0, 1, 2])
+@pytest.mark.parametrize("listens", [False, True])
+def test_queue_opens_as_many_connections_as_it_may_and_no_more(database, reserved, listens):
+    with closing(PersistentQSQLAlchemy(with_query(database, max_connections="3"), busy_seconds=0.1)) as queue:
+        queue.reserve_connections(reserved)
+        if listens:
+            queue.heartbeat("w")
+        taken = [queue._pool.take() for _ in range(3)]
+        with pytest.raises(QueueBusy, match="3 connections of this process are in use, of at most 3"):
+            queue._pool.take()
+        for link in taken:
+            queue._pool.give_back(link)
+
+
+def test_connection_is_used_again(queue):
+    assert queue._read("SELECT pg_backend_pid()") == queue._read("SELECT pg_backend_pid()")
+
+
 def test_forked_child_and_parent_each_have_connections_of_their_own(admin, queue):
     queue.enqueue_many("t", range(4))
     job = queue.dequeue("w")
@@ -306,10 +324,14 @@ def test_connection_that_listens_is_lent_and_still_hears(queue, database):
             queue.complete(job)
 
 
-def test_connection_that_listens_is_lent_to_one_at_a_time(queue):
+def test_connection_that_listens_is_lent_to_one_at_a_time(queue, database):
     queue.heartbeat("w")
-    pool, link = queue._pool, queue._listener._link
-    assert pool.take(only=link) is link
+    listener, pool = queue._listener, queue._pool
+    with psycopg.connect(database, autocommit=True) as other:
+        heard = listener._wakeups
+        other.execute("NOTIFY pqueue")
+        wait_until(lambda: listener._wakeups > heard)
+    link = pool.take(only=listener._link)
     assert not pool.take_if_free(link)
     pool.give_back(link)
 

@@ -724,3 +724,9 @@ def test_role_whose_transactions_are_read_only_reads_and_is_told_why_it_cannot_w
         with pytest.raises(QueueError, match="default_transaction_read_only is on") as refused:
             queue.enqueue("t")
         assert "standby" not in str(refused.value)
+
+
+def test_producer_in_a_transaction_that_only_reads_is_told_so(queue):
+    with pytest.raises(QueueError, match="its transactions are read-only"), queue.transaction() as db:
+        db.exec_driver_sql("SET TRANSACTION READ ONLY")
+        queue.enqueue("t")

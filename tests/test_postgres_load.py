@@ -29,6 +29,7 @@ import pqueue_retention
 import pqueue_schema
 from bench.delaying_proxy import DelayingProxy
 from pqueue import PersistentQSQLite, QueueError
+from pqueue_listener import NOTIFY
 from pqueue_sqlalchemy import PersistentQSQLAlchemy, PostgresSession
 from test_pqueue import PATIENCE_SECONDS, wait_until
 
@@ -962,6 +963,19 @@ def test_program_says_once_that_it_cannot_wake_consumers(small_notify_queue, com
         queue.enqueue("t")
         assert [record.message.count("cannot wake consumers, which look") for record in caplog.records] == [1]
         caplog.clear()
+
+
+def test_producer_sends_notify_along_while_commits_are_quick(queue, monkeypatch):
+    queue.enqueue("t")
+    sent, execute = [], PostgresSession._execute
+    monkeypatch.setattr(
+        PostgresSession, "_execute", lambda self, sql, *more: sent.append(sql) or execute(self, sql, *more)
+    )
+    queue.commit_seconds = 0.0
+    queue.enqueue("t")
+    queue.commit_seconds = 1.0
+    queue.enqueue("t")
+    assert [NOTIFY in sql or pqueue_postgres.PG_NOTIFY in sql for sql in sent] == [True, False, True]
 
 
 def test_warning_that_consumers_cannot_be_woken_is_one_line(queue, monkeypatch, caplog):
