@@ -231,9 +231,11 @@ class StartLog:
 
 def _last_log_line(name: str) -> str:
     path = LOGS / f"{name}.log"
-    with suppress(OSError, IndexError):
-        return printable(path.read_text(encoding="utf-8", errors="replace").split("\n")[-2])
-    return f"{path} is empty"
+    try:
+        last = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").rpartition("\n")[2]
+    except OSError as error:
+        return f"cannot read {path}: {error.strerror}"
+    return printable(last) or f"{path} is empty"
 
 
 def remove_group(group: str) -> None:

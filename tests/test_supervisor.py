@@ -296,6 +296,23 @@ def test_manager_that_is_ended_as_it_adds_a_group_leaves_no_file(tmp_path, monke
     assert list((tmp_path / "var/supervisor.d").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("log", "shown"),
+    [
+        ("first\nlast\n", "last"),
+        ("first\nsegmentation fault", "segmentation fault"),
+        ("", "var/log/c.log is empty"),
+        (None, "cannot read var/log/c.log: No such file or directory"),
+    ],
+)
+def test_manager_shows_the_last_line_of_a_log_or_why_there_is_none(tmp_path, monkeypatch, log, shown):
+    monkeypatch.chdir(tmp_path)
+    supervisor.LOGS.mkdir(parents=True)
+    if log is not None:
+        (supervisor.LOGS / "c.log").write_text(log)
+    assert supervisor._last_log_line("c") == shown
+
+
 def test_system_refuses_a_port_that_another_project_uses(system):
     port = os.environ["PQUEUE_OPS_PORT"]
     done = system.run("ops.py", "--check")
