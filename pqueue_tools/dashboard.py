@@ -23,7 +23,7 @@ from pqueue_tools import file_task, report, supervisor
 from pqueue_tools.commands import Ago, moment
 from pqueue_tools.masking import masked_job
 from pqueue_tools.process import whole_number
-from pqueue_values import QueueNotFound
+from pqueue_values import QueueNotFound, operator_name
 
 JOBS_PER_PAGE = 50
 FRESH_SECONDS = 1.0  # minimum age of figures before they are computed again
@@ -97,6 +97,14 @@ def user_header() -> str | None:
     if given and not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", given, re.ASCII):
         raise ValueError(f"expected a header such as X-Remote-User in PQUEUE_OPS_USER_HEADER, got {given!r}")
     return given
+
+
+def operator(headers: Any, given: str = "") -> str:
+    """Return who acts: the name in the header that PQUEUE_OPS_USER_HEADER names, or without that variable the name that
+    was given with a password; if there is none, the user of this process. Raises ValueError."""
+    header = user_header()
+    name = headers.get(header) or "" if header else given
+    return f"{operator_name(name.strip() or None)} (dashboard)"
 
 
 def expect_url() -> None:

@@ -32,7 +32,6 @@ from pqueue import JobNotFound, QueueError
 from pqueue_tools import dashboard, dashboard_actions, dashboard_html, report, tables, termination
 from pqueue_tools.masking import is_cut
 from pqueue_tools.process import print_error, utc_now
-from pqueue_values import operator_name
 
 MAX_BODY_BYTES = 100_000
 MAX_CONNECTIONS = 256  # beyond this, the connection whose request has been incomplete longest is closed
@@ -243,13 +242,6 @@ class Handler(BaseHTTPRequestHandler):
             name = password = b""
         return (name, password) if scheme.lower() == "basic" else (b"", b"")
 
-    def _operator(self) -> str:
-        """Return who acts: the name that the proxy passes on, or that was given with the password, or this process's
-        user."""
-        header = dashboard.user_header()
-        name = self.headers.get(header, "") if header else self._login()[0].decode("utf-8", "replace")
-        return f"{operator_name(name.strip() or None)} (dashboard)"
-
     # Reading
 
     def _get(self) -> None:
@@ -356,7 +348,8 @@ class Handler(BaseHTTPRequestHandler):
         if is_bulk and "confirmed" not in form:
             self._ask(name, form)
             return
-        done, sentence = dashboard_actions.act(self.server.cache, name, form, self._operator())
+        by = dashboard.operator(self.headers, self._login()[0].decode("utf-8", "replace"))
+        done, sentence = dashboard_actions.act(self.server.cache, name, form, by)
         if not done:
             raise Refused(HTTPStatus.CONFLICT, sentence)
         self._redirect((form.get("back") or ["/"])[0], sentence)

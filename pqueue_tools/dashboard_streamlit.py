@@ -18,7 +18,7 @@ from pqueue_cron import time_zone
 from pqueue_tools import dashboard, dashboard_actions, dashboard_summary, report, tables
 from pqueue_tools.process import whole_number
 from pqueue_tools.tables import OVERVIEW_ROWS, Button, Column, Page, Table
-from pqueue_values import NO_PARAMS, operator_name
+from pqueue_values import NO_PARAMS
 
 STYLE = f"""<style>{dashboard_summary.STYLE}
 .stApp {{ --card: transparent }} .block-container {{ padding: 1.2rem 1rem 3rem; max-width: 1312px }}
@@ -161,9 +161,7 @@ def _html(body: str) -> str:
 
 
 def _act(name: str, **fields: Any) -> None:
-    header = dashboard.user_header()
-    user = st.context.headers.get(header) if header else None
-    by = f"{operator_name(user or None)} (dashboard)"
+    by = dashboard.operator(st.context.headers)
     done, sentence = dashboard_actions.act(cache(), name, _form(fields), by)
     st.session_state["message"] = sentence if done else f"not done: {sentence}"
     st.rerun()
