@@ -7467,6 +7467,22 @@ class Replaced(SQLiteCase):
         self.assertEqual(self.open().enqueue("t"), 1)
 
     @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
+    def test_queue_of_large_pages_is_opened_with_its_log_and_no_shorter_one(self):
+        self.open().close()
+        with self.sqlite() as db:
+            for sql in ("journal_mode = DELETE", "page_size = 65536"):
+                db.execute(f"PRAGMA {sql}")
+            db.execute("VACUUM")
+        queue = self.started()
+        self.assertEqual(queue._read("PRAGMA page_size"), [(65536,)])
+        self.assertEqual(self.other("print(q.count_jobs())"), "200")
+        self.sibling("-wal").unlink()
+        self.sibling("-wal").write_bytes(bytes(4096))
+        code = "import pathlib, pqueue_files\nprint(pqueue_files.FileLocks.is_log_missing(pathlib.Path(sys.argv[1])))"
+        with python(code, self.path) as child:
+            self.assertEqual(child.stdout.read().strip(), "True")
+
+    @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_queue_opens_while_another_process_truncates_or_deletes_the_log(self):
         code = """import pqueue
 q = pqueue.PersistentQSQLite(sys.argv[1])
