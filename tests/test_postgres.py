@@ -1376,6 +1376,46 @@ def test_consumer_of_groups_passes_over_those_that_another_lets_go_on(database):
         assert other.dequeue("w", queues=["theirs"], now=20.0).group == "g"
 
 
+@pytest.mark.parametrize("of", [{}, {"assigned_to": "w"}])
+def test_consumer_without_turns_sees_a_group_that_another_has_listed(database, of):
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
+        queue.limit("grouped", running=1)
+        queue.enqueue_many("t", range(2))
+        assert queue.dequeue("w")
+        other.enqueue("t", queue="grouped", group="a", priority=2)
+        job_id = other.enqueue("t", queue="grouped", group="b", priority=1, **of)
+        assert other.dequeue("v", queues=["grouped"]).group == "a"
+        assert "assigned_to" not in of or other.dequeue("v", queues=["grouped"]) is None
+        assert queue.dequeue("w").id == job_id
+
+
+def test_consumer_without_turns_sees_a_job_without_a_group(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        queue.limit("grouped", running=1)
+        queue.enqueue_many("t", range(2))
+        assert queue.dequeue("w")
+        job_id = queue.enqueue("t", queue="grouped", priority=1)
+        assert queue.dequeue("w").id == job_id
+
+
+def test_consumer_without_turns_sees_a_group_whose_rate_allows_a_job_again(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
+        queue.limit("grouped", rate=(1, 10))
+        queue.enqueue_many("t", range(2), now=1.0)
+        assert queue.dequeue("w", now=2.0)
+        other.enqueue_many("t", range(2), queue="grouped", group="a", priority=1, now=2.0)
+        assert other.dequeue("v", queues=["grouped"], now=2.0)
+        assert other.dequeue("v", queues=["grouped"], now=2.0) is None
+        assert queue.dequeue("w", now=13.0).group == "a"
+
+
+def test_consumer_knows_that_a_job_of_a_group_is_due_that_is_not_listed_yet(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        queue.enqueue("t", group="a")
+        params = {"consumer": "w", "queues": None, "tasks": None, "limit": 1}
+        assert queue._read(pqueue_schema.NEXT_EVENT, params) == [(0.0,)]
+
+
 @pytest.mark.parametrize("limit", [1, 2])
 def test_consumer_of_groups_takes_no_job_that_another_has_just_taken(database, monkeypatch, limit):
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:

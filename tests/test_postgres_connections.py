@@ -146,6 +146,23 @@ def test_queue_opens_as_many_connections_as_it_may_and_no_more(database, reserve
             queue._pool.give_back(link)
 
 
+def test_thread_that_gets_no_connection_is_told_why_the_server_opens_no_other(database):
+    with closing(PersistentQSQLAlchemy(database, busy_seconds=0.1)) as queue:
+        link = queue._pool.take()
+        with mock.patch.object(queue._pool, "_connect", side_effect=QueueBusy("the server is full")):
+            for _ in range(2):
+                with pytest.raises(QueueBusy, match="the server is full"):
+                    queue._pool.take()
+        queue._pool.give_back(link)
+
+
+def test_consumer_that_begins_closes_all_connections_but_one(queue):
+    for link in [queue._pool.take() for _ in range(3)]:
+        queue._pool.give_back(link)
+    queue.heartbeat("w")
+    assert queue._pool._open == 1
+
+
 def test_connection_is_used_again(queue):
     assert queue._read("SELECT pg_backend_pid()") == queue._read("SELECT pg_backend_pid()")
 
