@@ -33,7 +33,7 @@ from pqueue_tools.masking import masked_text
 from pqueue_tools.outcome import Outcome, delay_after, encoded_result, error_text, outcome_of, summary, trace_of
 from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, report, retry_soon, retry_while_busy
 from pqueue_tools.record import MAX_CONCURRENCY, Record, Slot
-from pqueue_values import Encoded, NoConnection, above_0, duration, valid_int, valid_name
+from pqueue_values import Encoded, NoConnection, above_0, duration, short, valid_int, valid_name
 
 if TYPE_CHECKING:
     from pqueue_tools.leftovers import ProcessState
@@ -117,6 +117,8 @@ class Consumer:
         concurrency: int = 1,
         record: Record | None = None,
     ) -> None:
+        if not hasattr(queue, "dequeue"):
+            raise ValueError(f"expected a queue from open_queue, got {short(queue)}")
         valid_int("concurrency", 1, concurrency, MAX_CONCURRENCY)
         for option, value in (("max_jobs", max_jobs), ("max_rss", max_rss)):
             if value is not None:

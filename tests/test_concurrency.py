@@ -11,7 +11,7 @@ import threading
 import time
 from argparse import Namespace
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1042,6 +1042,21 @@ def test_good_jobs_complete_among_bad_ones_that_run_at_the_same_time(tasks):
 
 
 # In an application
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"queue": "var/queue.db"}, "a queue from open_queue, got 'var/queue.db'"),
+        ({"queue": None}, "a queue from open_queue, got None"),
+        ({"concurrency": 0}, "concurrency to be a whole number from 1 to 1000, got 0"),
+        ({"queues": "default"}, "a list of queues, got 'default'"),
+        ({"max_rss": "1GB"}, "max_rss to be a whole number"),
+    ],
+)
+def test_consumer_in_an_application_is_refused_what_it_cannot_use(place, options, said):
+    with closing(place.queue()) as queue, pytest.raises(ValueError, match=f"^expected {re.escape(said)}"):
+        Consumer(**{"queue": queue, "name": "embedded", **options})
 
 
 def test_consumer_in_a_thread_runs_jobs_at_the_same_time(place):
