@@ -163,6 +163,17 @@ def test_consumer_that_begins_closes_all_connections_but_one(queue):
     assert queue._pool._open == 1
 
 
+def test_consumer_whose_listener_cannot_start_leaves_no_file_open(queue):
+    with (
+        mock.patch.object(pqueue_listener.ListenConnection, "_connect", side_effect=QueueBusy("away")),
+        mock.patch("os.pipe", wraps=os.pipe) as opened,
+        mock.patch("os.close", wraps=os.close) as closed,
+        pytest.raises(QueueBusy, match="away"),
+    ):
+        queue.heartbeat("w")
+    assert closed.call_count == 2 * opened.call_count == 2
+
+
 def test_connection_is_used_again(queue):
     assert queue._read("SELECT pg_backend_pid()") == queue._read("SELECT pg_backend_pid()")
 
