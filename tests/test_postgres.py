@@ -1694,6 +1694,15 @@ def test_producer_of_a_batch_that_never_fits_gets_an_error(database):
         assert len(queue.enqueue_many("t", range(3))) == 3
 
 
+def test_job_that_is_refused_leaves_no_row_of_counts(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        queue.limit("default", 1)
+        queue.enqueue("t", now=1.0)
+        with pytest.raises(pqueue.QueueFull):
+            queue.enqueue("t", now=1e6)
+        assert queue._read("SELECT at, number FROM outcomes") == [(0, 1)]
+
+
 def test_limit_that_is_set_while_jobs_are_claimed_counts_each_once(database):
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
         queue.enqueue_many("t", range(300))
