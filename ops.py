@@ -20,8 +20,10 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import re
 import socket
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 
 from pqueue_tools.dashboard import allowed_hosts, expect_url, prefix, user_header
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print_error("ops", error)
         return 2
-    has_streamlit = options.streamlit and find_spec("streamlit")
+    has_streamlit = options.streamlit and _has_streamlit()
     if options.check or has_streamlit:
         # Streamlit binds the port in a new process, and --check before the dashboard starts: so see whether it is free.
         family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         command += [f"--server.address={options.host}", f"--server.port={options.port}", f"--server.baseUrlPath={path}"]
         os.execv(sys.executable, command)
     if options.streamlit:
-        print_error("ops", "Streamlit is not installed, so this is the page without it: pip install streamlit")
+        print_error("ops", "Streamlit 1.55 is not installed, so this is the page without it: pip install -U streamlit")
     return serve(options.host, options.port)
 
 
@@ -74,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--streamlit", action="store_true", help="use Streamlit, if it is installed")
     add("--check", action="store_true", help="print the address and exit; fail if the port is in use")
     return parser
+
+
+def _has_streamlit() -> bool:
+    """Return whether Streamlit is installed, and not older than the page needs."""
+    if find_spec("streamlit") is None:
+        return False
+    return tuple(map(int, re.findall("[0-9]+", version("streamlit"))[:2])) >= (1, 55)
 
 
 def _under_streamlit() -> bool:

@@ -209,7 +209,8 @@ def dispatch(
     typer = None
     with suppress(ImportError):  # not `except`: what the command raises would have this error as its context
         typer = import_module("typer")
-    return _with_typer(typer, program, entry, run, rest) if typer else _with_argparse(program, entry, run, rest)
+    is_usable = hasattr(typer, "TyperException")  # an older one, which something else needs, is not used
+    return _with_typer(typer, program, entry, run, rest) if is_usable else _with_argparse(program, entry, run, rest)
 
 
 def find(commands: Mapping[str, Command], name: str) -> Command | None:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from types import ModuleType
 
 import pytest
 from conftest import PATIENCE_SECONDS, ROOT, wait_until
@@ -170,6 +171,13 @@ READING = [
     ["show", "99"],
     ["prune"],
 ]
+
+
+def test_typer_that_is_too_old_is_not_used(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typer", ModuleType("typer"))
+    assert admin.main(["stats", "--no-such-option"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert admin.main(["stats", "--help"]) == 0
 
 
 def test_both_front_ends_do_the_same_with_every_command(tmp_path, monkeypatch, capsys):

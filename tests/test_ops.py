@@ -1049,6 +1049,19 @@ def test_dashboard_whose_settings_are_invalid_does_not_start(folder, monkeypatch
     assert not os.execv.called
 
 
+@pytest.mark.parametrize(
+    ("installed", "is_used"), [("1.54.9", False), ("0.99", False), ("1.55.0", True), ("2.0rc1", True)]
+)
+def test_dashboard_uses_no_streamlit_that_is_too_old(folder, monkeypatch, capsys, installed, is_used):
+    monkeypatch.setattr(ops, "version", lambda _: installed)
+    monkeypatch.setattr(ops, "serve", mock.Mock(return_value=0))
+    monkeypatch.setattr(os, "execv", mock.Mock(side_effect=SystemExit))
+    with suppress(SystemExit):
+        assert ops.main(["--streamlit", "--port", "0"]) == 0
+    assert (os.execv.called, ops.serve.called) == (is_used, not is_used)
+    assert ("Streamlit 1.55 is not installed" in capsys.readouterr().err) == (not is_used)
+
+
 def test_browser_is_refused_with_a_page_that_leads_back(queue, site):
     for path in ("/nosuch", "/job/99", "/jobs?state=nosuch"):
         status, text, headers = site.ask(path, Accept="text/html")
