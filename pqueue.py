@@ -1062,7 +1062,7 @@ def _on_postgres(url: str, create: bool, durability: str) -> PersistentQInterfac
     try:
         from pqueue_sqlalchemy import OnPostgres
     except ImportError as error:
-        raise QueueError(f"cannot use PostgreSQL: {error}; pip install SQLAlchemy 'psycopg[binary]'") from None
+        raise QueueError(f"cannot use PostgreSQL: {error}; pip install -U SQLAlchemy 'psycopg[binary]'") from None
     return OnPostgres(url, create=create, durability=durability)
 
 

@@ -27,7 +27,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
-import sqlalchemy
+import sqlalchemy.dialects.postgresql.psycopg  # which SQLAlchemy 1 does not have
 from psycopg.pq import TransactionStatus
 from psycopg.types.numeric import Int8Dumper
 from sqlalchemy import exc

@@ -175,6 +175,14 @@ def test_dashboard_without_streamlit_says_what_to_install_and_serves_the_page(pl
     assert "dashboard at http://127.0.0.1:" in said
 
 
+def test_program_says_in_one_line_that_sqlalchemy_is_too_old(place):
+    place.write("hidden/sitecustomize.py", "import sys; sys.modules['sqlalchemy.dialects.postgresql.psycopg'] = None")
+    for program in (["consumer.py"], ["admin.py", "stats"]):
+        done = place.run(*program, PQUEUE_URL="postgresql://h/d", PYTHONPATH=str(place.folder / "hidden"))
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "pip install -U SQLAlchemy 'psycopg[binary]'" in done.stderr
+
+
 @pytest.mark.parametrize("program", ["admin", "consumer", "manager", "ops", "producer"])
 def test_program_says_in_one_line_that_python_is_too_old(program):
     code = f"import runpy, sys; sys.version_info = (3, 9, 18); runpy.run_path({program + '.py'!r}, run_name='__main__')"
