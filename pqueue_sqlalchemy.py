@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
 import sqlalchemy.dialects.postgresql.psycopg  # which SQLAlchemy 1 does not have
+from psycopg import RawCursor  # which psycopg 3.1 does not have
 from psycopg.pq import TransactionStatus
 from psycopg.types.numeric import Int8Dumper
 from sqlalchemy import exc
@@ -150,7 +151,7 @@ class PostgresSession(Session):
         return cast("sqlalchemy.Connection", cast(Link, self._link).connection)
 
     def run(self, sql: str, params: Params = pqueue_values.NO_PARAMS) -> list[Any]:
-        return cast("list[Any]", self._execute(sql, params, psycopg.RawCursor.fetchall))
+        return cast("list[Any]", self._execute(sql, params, RawCursor.fetchall))
 
     def change(self, sql: str, params: Params = pqueue_values.NO_PARAMS) -> int:
         return cast(int, self._execute(sql, params, attrgetter("rowcount")))

@@ -175,8 +175,16 @@ def test_dashboard_without_streamlit_says_what_to_install_and_serves_the_page(pl
     assert "dashboard at http://127.0.0.1:" in said
 
 
-def test_program_says_in_one_line_that_sqlalchemy_is_too_old(place):
-    place.write("hidden/sitecustomize.py", "import sys; sys.modules['sqlalchemy.dialects.postgresql.psycopg'] = None")
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys; sys.modules['sqlalchemy.dialects.postgresql.psycopg'] = None",
+        "import psycopg; del psycopg.RawCursor",
+    ],
+    ids=["sqlalchemy", "psycopg"],
+)
+def test_program_says_in_one_line_that_a_package_for_postgresql_is_too_old(place, code):
+    place.write("hidden/sitecustomize.py", code)
     for program in (["consumer.py"], ["admin.py", "stats"]):
         done = place.run(*program, PQUEUE_URL="postgresql://h/d", PYTHONPATH=str(place.folder / "hidden"))
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
