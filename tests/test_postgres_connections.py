@@ -135,7 +135,7 @@ def test_connection_that_could_not_be_opened_leaves_its_place_to_another(databas
 @pytest.mark.parametrize("reserved", [0, 1, 2])
 @pytest.mark.parametrize("listens", [False, True])
 def test_queue_opens_as_many_connections_as_it_may_and_no_more(database, reserved, listens):
-    with closing(PersistentQSQLAlchemy(with_query(database, max_connections="3"), busy_seconds=0.1)) as queue:
+    with closing(PersistentQSQLAlchemy(with_query(database, max_connections="3"), busy_seconds=0.5)) as queue:
         queue.reserve_connections(reserved)
         if listens:
             queue.heartbeat("w")
@@ -147,7 +147,7 @@ def test_queue_opens_as_many_connections_as_it_may_and_no_more(database, reserve
 
 
 def test_thread_that_gets_no_connection_is_told_why_the_server_opens_no_other(database):
-    with closing(PersistentQSQLAlchemy(database, busy_seconds=0.1)) as queue:
+    with closing(PersistentQSQLAlchemy(database, busy_seconds=0.5)) as queue:
         link = queue._pool.take()
         with mock.patch.object(queue._pool, "_connect", side_effect=QueueBusy("the server is full")):
             for _ in range(2):
