@@ -719,6 +719,17 @@ class QueueContract:
         q.enqueue("t", key="k", now=NOW)
         self.assertEqual(q.finish_move(target, now=NOW + 60)["carried"], 1)
 
+    def test_unfinished_jobs_enqueued_during_a_move_are_not_carried_over_if_their_keys_are_held(self):
+        q, target = self.queue, self.target()
+        q.begin_move(target.name)
+        q.move_to(target, without=q.other_tables())
+        for key in "ab":
+            target.enqueue("t", key=key, now=NOW)
+            q.enqueue("t", key=key, key_seconds=60, now=NOW)
+        q.cancel(1, now=NOW)
+        self.assertEqual(q.finish_move(target, now=NOW), {"carried": 1, "known": 1, "deleted": 2})
+        self.assertEqual([(job.state, job.key) for job in target.list_jobs()][0], ("cancelled", "a"))
+
     def test_jobs_of_groups_enqueued_during_a_move_take_turns_in_the_target(self):
         q, target = self.queue, self.target()
         q.begin_move(target.name)
@@ -6967,7 +6978,7 @@ class Files(SQLiteCase):
     def test_check_names_each_problem(self):
         queue = self.open()
         facts = queue.check()
-        self.assertEqual((facts["journal_mode"], facts["problems"]), ("wal", []))
+        self.assertEqual((facts["journal_mode"], facts["durability"], facts["problems"]), ("wal", "full", []))
         with self.sqlite() as db:
             db.execute("PRAGMA user_version = 0")
         self.assertEqual(queue.check()["problems"], ["expected user_version 1, got 0"])
