@@ -6482,8 +6482,9 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
         with other.transaction(), mock.patch("pqueue_locks._wait_for", side_effect=InterruptedError):
             with self.assertRaises(InterruptedError):
                 queue.enqueue("never")
-        self.assertTrue(other._writer_lock.acquire())
-        other._writer_lock.release()
+        for each in (other, queue):
+            self.assertTrue(each._writer_lock.acquire())
+            each._writer_lock.release()
         self.assertEqual(queue.enqueue("t"), 1)
 
     def let_through(self, calls, *, in_batch=False):
@@ -7017,6 +7018,7 @@ class Files(SQLiteCase):
         )
         with self.assertRaisesRegex(QueueError, "cannot write to .*: its file system is read-only"):
             queue.enqueue("t")
+        self.assertEqual({path.name for path in self.folder.iterdir()}, {"queue.db", "queue.db.d"})
 
     def test_queue_on_a_read_only_file_system_is_refused_if_its_log_has_no_index(self):
         self.open().close()
