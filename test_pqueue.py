@@ -1703,6 +1703,18 @@ class QueueContract:
         ids = self.queue.enqueue_many("t", self.ODD, now=NOW)
         self.assertEqual([repr(self.queue.get(job_id).payload) for job_id in ids], [repr(value) for value in self.ODD])
 
+    def test_batch_of_several_claims_stores_each_result_with_its_job(self):
+        chance, expected = random.Random(5), {}
+        self.queue.enqueue_many("t", range(60), now=NOW)
+        while jobs := [job for _ in range(4) for job in self.queue.dequeue_many("w", chance.randint(1, 3), now=NOW)]:
+            chance.shuffle(jobs)
+            results = {job.id: chance.choice((None, 1, "text", [job.id])) for job in jobs}
+            left, lost = self.queue.complete_and_dequeue([(job, results[job.id]) for job in jobs], "w", 0, now=NOW)
+            self.assertEqual((left, lost), ([], []))
+            expected |= results
+        self.assertEqual({job.id: job.result for job in self.queue.list_jobs(limit=100)}, expected)
+        self.assertEqual(len(expected), 60)
+
     def test_payload_nests_a_hundred_deep_and_no_deeper(self):
         deepest = json.loads("[[]," + "[" * 99 + "]" * 99 + "]")
         self.assertEqual(self.queue.get(self.queue.enqueue("t", deepest)).payload, deepest)
