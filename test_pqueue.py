@@ -75,14 +75,15 @@ PATIENCE_SECONDS = float(os.environ.get("PQUEUE_TEST_PATIENCE", "180"))
 
 def wait_until(condition, seconds=PATIENCE_SECONDS):
     """Return the condition's first true value; fail the test when there is none in time, however busy the machine."""
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
     while True:
         value = condition()
         if value:
             return value
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > seconds:
             raise AssertionError(f"waited {seconds} s in vain")
-        time.sleep(0.005)
+        time.sleep(min(max(0.005, waited / 50), 0.05))
 
 
 def held():

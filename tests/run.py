@@ -21,9 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 MEMORY_BYTES = 4 << 30
-# What takes longest begins first. Two of these that need a PostgreSQL server do not begin at once: on a new machine
-# both would add the account that it runs as.
-LONGEST = ("mutants", "postgres", "attack", "power_loss", "fuzz", "commit_points", "browser", "supervisor")
+# What takes longest begins first: what waits much (misbehaviour, concurrency) beside what uses the processors. Two of
+# these that need a PostgreSQL server do not begin at once: on a new machine both would add the account that it runs as.
+LONGEST = ["mutants", "misbehaviour", "concurrency", "commit_points", "power_loss", "postgres", "browser", "supervisor"]
 BARE = """
 import sys, runpy
 sys.path.insert(0, ".")

@@ -319,7 +319,7 @@ MUTANTS = [
     Mutant("the folder of a new queue is synced", POWER),
     Mutant("a backup's name is synced", "test_power_loss.py: backup"),
     Mutant("a backup is complete before it gets its name", "contract: backup_is_a_whole", "target.with_name", "target or target.with_name"),
-    Mutant("no old log reappears next to a restored file", "test_power_loss.py: restore_leaves"),
+    Mutant("no old log reappears next to a restored file", "test_power_loss.py: restore_leaves and stuck"),
     Mutant("a database that is open is not replaced", "test_restore.py: has_the_database_open", "try_lock_bytes(file) and ", ""),
     Mutant("a damaged backup is not restored", "test_restore.py: no_sound_queue", '!= "ok"', '== ""'),
     Mutant("a job file is synced", FILES),
