@@ -171,7 +171,7 @@ class Consumer:
             self._work()
             if self.drain and self.taken and self._has_leftovers():  # which may have hidden jobs
                 self._must_end = True
-        except QueueError as error:
+        except (QueueError, OSError) as error:
             # guard: a task that makes the database unusable costs its process only
             self._expect_no_task_to_blame(error)
             raise
@@ -393,11 +393,12 @@ class Consumer:
             self._break_off()
         return True
 
-    def _expect_no_task_to_blame(self, error: QueueError) -> None:
+    def _expect_no_task_to_blame(self, error: QueueError | OSError) -> None:
         """End the process if a task has left behind what may have made the database unusable in it."""
         if self.is_embedded or not self.taken or not self.state:
             return
-        left = self.state.left_behind("", float("inf"))
+        is_closed = isinstance(error, OSError)
+        left = ["an unusable descriptor"] if is_closed else self.state.left_behind("", float("inf"))
         if not left:  # the cause is the database: if its file was replaced, a new worker would open the other one
             return
         self._must_end = True

@@ -682,6 +682,34 @@ def test_task_that_makes_the_database_unusable_costs_its_process_only(tasks, kin
     assert queue.check()["problems"] == []
 
 
+UNLOCKABLE = """
+import os, pqueue_locks
+from pqueue import task
+
+unlock, closed = pqueue_locks.unlock, []
+
+def unlock_unless_closed(file):
+    if closed: os.close(-1)
+    unlock(file)
+
+pqueue_locks.unlock = unlock_unless_closed
+
+@task(max_attempts=1)
+def close_lock(job): closed.append("as if another thread had the lock at that moment")
+"""
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_task_that_closes_a_lock_costs_its_process_only(tasks, concurrency):
+    tasks.write("more.py", UNLOCKABLE)
+    queue = tasks.queue()
+    ids = [each for _ in range(3) for each in (queue.enqueue("close_lock"), queue.enqueue("good"))]
+    done = drain(tasks, "--import", "more", "--concurrency", concurrency)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {queue.get(each).state for each in ids} == {"completed"}
+    assert "an unusable descriptor" in done.stdout
+
+
 UNWRITABLE = """
 import resource
 from pqueue import task
