@@ -1030,7 +1030,12 @@ def test_good_jobs_complete_among_bad_ones_that_run_at_the_same_time(tasks):
     assert {jobs[each].state for each in good} == {"completed"}, [jobs[each] for each in good]
     assert {jobs[each].result for each in good if "good" in ids[each]} == {each for each in good if "good" in ids[each]}
     logged = re.findall(r" completed consumer=\S+ job=(\d+)", "".join(child.out.read_text() for child in children))
-    assert len(logged) == len(set(logged)) >= len(good)
+    assert len(logged) == len(set(logged))
+    # A bad job may end the process, or hold the GIL, after a commit and before its lines are written, all at once.
+    of_commit = {job_id: (jobs[job_id].consumer, jobs[job_id].finished_at) for job_id in good}
+    without_lines = {of_commit[job_id] for job_id in good if str(job_id) not in logged}
+    assert without_lines.isdisjoint(of_commit[int(each)] for each in logged if int(each) in of_commit)
+    assert len(without_lines) <= 2 * SOAK
     for job_id in set(ids) - set(good):
         job = jobs[job_id]
         expected = (BAD[job.task], "WorkerDied: ")
