@@ -23,7 +23,8 @@ import os
 import re
 import socket
 import sys
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from pqueue_tools.dashboard import allowed_hosts, expect_url, prefix, user_header
@@ -80,19 +81,33 @@ def _parser() -> argparse.ArgumentParser:
 
 def _has_streamlit() -> bool:
     """Return whether Streamlit is installed, and not older than the page needs."""
-    if find_spec("streamlit") is None:
-        return False
-    return tuple(map(int, re.findall("[0-9]+", version("streamlit"))[:2])) >= (1, 55)
+    with suppress(PackageNotFoundError):  # a folder may have this name
+        return bool(find_spec("streamlit")) and tuple(map(int, re.findall("[0-9]+", version("streamlit"))[:2])) >= (
+            1,
+            55,
+        )
+    return False
 
 
 def _under_streamlit() -> bool:
     return "streamlit.runtime" in sys.modules and sys.modules["streamlit.runtime"].exists()
 
 
-if __name__ == "__main__":
-    if _under_streamlit():
+def _show_page() -> None:
+    if _has_streamlit():
         from pqueue_tools.dashboard_streamlit import page
 
         page()
+    else:
+        import streamlit
+
+        streamlit.error(
+            "expected Streamlit 1.55 or newer: run pip install -U streamlit, or the page without it, ops.py"
+        )
+
+
+if __name__ == "__main__":
+    if _under_streamlit():
+        _show_page()
     else:
         sys.exit(main())

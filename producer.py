@@ -100,7 +100,7 @@ class Producer:
             # guard: a job file's final name is synced
             pqueue_files.sync(self.directory)
         except BaseException:
-            # First, as closing the file unlocks it
+            # Before the file is closed and thereby unlocked: a producer that starts would enqueue it
             (self.directory / name).unlink(missing_ok=True)
             new.unlink()
             with suppress(OSError):

@@ -7,6 +7,7 @@ import sys
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import pqueue
@@ -70,8 +71,14 @@ def delay_after(task: pqueue.Task[..., Any], attempts: int) -> float:
     try:
         return task.retry_in_seconds(attempts)
     except Exception as error:
-        log.warning("backoff of task %s raised %s; the default delay is used", task.name, summary(error))
+        _report_backoff(task.name, summary(error))
         return pqueue.backoff_seconds(attempts, cap_seconds=task.max_backoff_seconds)
+
+
+@lru_cache
+def _report_backoff(task: str, error: str) -> None:
+    """Log that the function failed: once for each error, as it is called before each attempt."""
+    log.warning("backoff of task %s raised %s; the default delay is used", task, error)
 
 
 def encoded_result(result: Any) -> Encoded | None:

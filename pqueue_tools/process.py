@@ -242,7 +242,7 @@ def on_termination(handler: Any) -> None:
 
 
 def create_whole(path: Path, text: str) -> None:
-    """Create a file with this text, durably, or none. Raises OSError, also if the file exists."""
+    """Create a file with this text and sync it; on an error, create none. Raises OSError, also if the file exists."""
     with part_of(path) as part:
         part.write_text(text, encoding="utf-8")
         sync(part)

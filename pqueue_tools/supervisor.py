@@ -30,7 +30,7 @@ PYTHON_NOTE = "; python3 is looked up on PATH: activate a virtual environment fi
 CALL_SECONDS = 120.0  # longer than stopwaitsecs: stopping a group waits for its running jobs
 STATUS_SECONDS = 5.0
 START_SECONDS = 120.0  # until the consumers of a new group must have imported their tasks
-STOPS = 5  # of a group that is removed
+STOPS = 5  # how often the removal of a group is tried
 
 PROGRAM = """\
 ; To remove this group: {manager} --remove {group}
@@ -250,13 +250,14 @@ def remove_group(group: str) -> None:
 
 def _stop_group(group: str) -> None:
     for left in reversed(range(STOPS)):
-        if group in {each["group"] for each in processes()}:
-            call("stopProcessGroup", group)
-            try:
-                call("removeProcessGroup", group)
-            except ManagerError:  # one of its processes had ended, and was started again
-                if not left:
-                    raise
+        if group not in {each["group"] for each in processes()}:
+            return
+        call("stopProcessGroup", group)
+        try:
+            call("removeProcessGroup", group)
+        except ManagerError:  # one of its processes had ended, and was started again
+            if not left:
+                raise
 
 
 def _delete_configuration(group: str) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 MEMORY_BYTES = 4 << 30
-# What takes longest begins first: what waits much (misbehaviour, concurrency) beside what uses the processors. Two of
+# What takes longest begins first, and what mostly waits (misbehaviour, concurrency) together with what computes. Two of
 # these that need a PostgreSQL server do not begin at once: on a new machine both would add the account that it runs as.
 LONGEST = ["mutants", "misbehaviour", "concurrency", "commit_points", "power_loss", "postgres", "browser", "supervisor"]
 BARE = """

@@ -13,10 +13,12 @@ import re
 import select
 import socket
 import sqlite3
+import sys
 import threading
 import time
 from contextlib import closing, suppress
 from html import escape, unescape
+from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -1060,6 +1062,21 @@ def test_dashboard_uses_no_streamlit_that_is_too_old(folder, monkeypatch, capsys
         assert ops.main(["--streamlit", "--port", "0"]) == 0
     assert (os.execv.called, ops.serve.called) == (is_used, not is_used)
     assert ("Streamlit 1.55 is not installed" in capsys.readouterr().err) == (not is_used)
+
+
+def test_page_says_that_the_streamlit_which_runs_it_is_too_old(monkeypatch):
+    streamlit = mock.Mock()
+    monkeypatch.setitem(sys.modules, "streamlit", streamlit)
+    monkeypatch.setattr(ops, "find_spec", mock.Mock())
+    monkeypatch.setattr(ops, "version", lambda _: "1.54.0")
+    ops._show_page()
+    assert "pip install -U streamlit" in streamlit.error.call_args.args[0]
+
+
+def test_folder_named_streamlit_is_not_taken_for_it(monkeypatch):
+    monkeypatch.setattr(ops, "find_spec", mock.Mock())
+    monkeypatch.setattr(ops, "version", mock.Mock(side_effect=PackageNotFoundError))
+    assert not ops._has_streamlit()
 
 
 def test_browser_is_refused_with_a_page_that_leads_back(queue, site):
