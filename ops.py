@@ -20,14 +20,10 @@ if __name__ == "__main__":
 
 import argparse
 import os
-import re
 import socket
 import sys
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 
-from pqueue_tools.dashboard import allowed_hosts, expect_url, prefix, user_header
+from pqueue_tools.dashboard import allowed_hosts, expect_url, has_streamlit, prefix, user_header
 from pqueue_tools.dashboard_http import address, listen_error, serve
 from pqueue_tools.process import OneLineParser, not_blank, print_error, whole_number, writes_to_stdout
 from pqueue_values import program_name
@@ -44,8 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print_error("ops", error)
         return 2
-    has_streamlit = options.streamlit and _has_streamlit()
-    if options.check or has_streamlit:
+    uses_streamlit = options.streamlit and has_streamlit()
+    if options.check or uses_streamlit:
         # Streamlit binds the port in a new process, and --check before the dashboard starts: so see whether it is free.
         family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         try:
@@ -56,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         print(f"dashboard at {address(options.host, options.port)}", flush=True)
         return 0
-    if has_streamlit:
+    if uses_streamlit:
         command = [sys.executable, "-m", "streamlit", "run", os.path.abspath(__file__)]
         command += [f"--server.address={options.host}", f"--server.port={options.port}", f"--server.baseUrlPath={path}"]
         os.execv(sys.executable, command)
@@ -79,35 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _has_streamlit() -> bool:
-    """Return whether Streamlit is installed, and not older than the page needs."""
-    with suppress(PackageNotFoundError):  # a folder may have this name
-        return bool(find_spec("streamlit")) and tuple(map(int, re.findall("[0-9]+", version("streamlit"))[:2])) >= (
-            1,
-            55,
-        )
-    return False
-
-
 def _under_streamlit() -> bool:
     return "streamlit.runtime" in sys.modules and sys.modules["streamlit.runtime"].exists()
 
 
-def _show_page() -> None:
-    if _has_streamlit():
+if __name__ == "__main__":
+    if _under_streamlit():
         from pqueue_tools.dashboard_streamlit import page
 
         page()
-    else:
-        import streamlit
-
-        streamlit.error(
-            "expected Streamlit 1.55 or newer: run pip install -U streamlit, or the page without it, ops.py"
-        )
-
-
-if __name__ == "__main__":
-    if _under_streamlit():
-        _show_page()
     else:
         sys.exit(main())

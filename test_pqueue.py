@@ -6527,6 +6527,12 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
         self.let_through([lambda queue=queue: queue.enqueue("t") for queue in queues])
         self.assertEqual(queues[0].stats()["states"]["pending"], 3)
 
+    def test_released_line_wakes_up_a_writer_even_if_none_is_recorded(self):
+        line = self.open()._writer_lock._lines[0]
+        self.assertTrue(line.try_acquire())
+        line.release()
+        self.assertTrue(select.select([line._pipes[0]], [], [], 0)[0])
+
     @unittest.skipUnless(hasattr(select, "epoll"), "needs epoll")
     def test_writer_in_line_waits_so_that_a_wake_up_is_for_one_writer_only(self):
         queue, holder = self.open(), self.open()

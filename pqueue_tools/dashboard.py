@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -105,6 +106,15 @@ def operator(headers: Any, given: str = "") -> str:
     header = user_header()
     name = headers.get(header) or "" if header else given
     return f"{operator_name(name.strip() or None)} (dashboard)"
+
+
+def has_streamlit() -> bool:
+    """Return whether Streamlit is installed, and not older than the page needs."""
+    try:
+        found = version("streamlit") if find_spec("streamlit") else ""
+    except PackageNotFoundError:  # a folder has this name
+        return False
+    return [int(each) for each in re.findall("[0-9]+", found)[:2]] >= [1, 55]
 
 
 def expect_url() -> None:

@@ -54,8 +54,8 @@ def cache() -> dashboard.FigureCache:
 def page() -> None:
     st.set_page_config(dashboard.site_name(), layout="wide")
     st.html(STYLE)
-    if refused := _refusal():
-        st.container(border=True).html(_html(dashboard_summary.trouble(refused)))
+    if trouble := _refusal() or _too_old():
+        st.container(border=True).html(_html(dashboard_summary.trouble(trouble)))
         return
     if message := st.session_state.pop("message", None):
         st.toast(_escaped(message))
@@ -109,6 +109,10 @@ def _chosen_page() -> Page:
     if st.query_params.get("page", "") != which.name:
         st.query_params["page"] = which.name
     return which
+
+
+def _too_old() -> str | None:
+    return None if dashboard.has_streamlit() else "expected Streamlit 1.55 or newer: pip install -U streamlit"
 
 
 def _refusal() -> str | None:

@@ -253,7 +253,7 @@ MUTANTS = [
     # whose turn it is
     Mutant("a released lock goes to the other line", "contract: that_came_first", "__eq__", "__ne__"),
     Mutant("releasing the lock wakes up a waiter", "contract: woken_one_after"),
-    Mutant("a released line wakes up the next", "contract: woken_one_after"),
+    Mutant("a released line wakes up the next", "contract: if_none_is_recorded"),
     Mutant("a writer that has waited long is not overtaken", "contract: newcomer", " or now - self._shared[self.WAITING_SINCE + kind] >= OVERTAKE_SECONDS", ""),
     Mutant("a writer in a loop does not starve a waiter", "contract: writer_in_a_loop", "repeats or ", ""),
     Mutant("a reservation for a dead waiter expires", "contract: died_waiting", " - time.monotonic() <= HANDOVER_SECONDS", ""),

@@ -13,7 +13,6 @@ import re
 import select
 import socket
 import sqlite3
-import sys
 import threading
 import time
 from contextlib import closing, suppress
@@ -1055,7 +1054,7 @@ def test_dashboard_whose_settings_are_invalid_does_not_start(folder, monkeypatch
     ("installed", "is_used"), [("1.54.9", False), ("0.99", False), ("1.55.0", True), ("2.0rc1", True)]
 )
 def test_dashboard_uses_no_streamlit_that_is_too_old(folder, monkeypatch, capsys, installed, is_used):
-    monkeypatch.setattr(ops, "version", lambda _: installed)
+    monkeypatch.setattr(dashboard, "version", lambda _: installed)
     monkeypatch.setattr(ops, "serve", mock.Mock(return_value=0))
     monkeypatch.setattr(os, "execv", mock.Mock(side_effect=SystemExit))
     with suppress(SystemExit):
@@ -1064,19 +1063,10 @@ def test_dashboard_uses_no_streamlit_that_is_too_old(folder, monkeypatch, capsys
     assert ("Streamlit 1.55 is not installed" in capsys.readouterr().err) == (not is_used)
 
 
-def test_page_says_that_the_streamlit_which_runs_it_is_too_old(monkeypatch):
-    streamlit = mock.Mock()
-    monkeypatch.setitem(sys.modules, "streamlit", streamlit)
-    monkeypatch.setattr(ops, "find_spec", mock.Mock())
-    monkeypatch.setattr(ops, "version", lambda _: "1.54.0")
-    ops._show_page()
-    assert "pip install -U streamlit" in streamlit.error.call_args.args[0]
-
-
 def test_folder_named_streamlit_is_not_taken_for_it(monkeypatch):
-    monkeypatch.setattr(ops, "find_spec", mock.Mock())
-    monkeypatch.setattr(ops, "version", mock.Mock(side_effect=PackageNotFoundError))
-    assert not ops._has_streamlit()
+    monkeypatch.setattr(dashboard, "find_spec", mock.Mock())
+    monkeypatch.setattr(dashboard, "version", mock.Mock(side_effect=PackageNotFoundError))
+    assert not dashboard.has_streamlit()
 
 
 def test_browser_is_refused_with_a_page_that_leads_back(queue, site):
@@ -1687,6 +1677,13 @@ def streamlit(**query):
     for name, value in query.items():
         page.query_params[name] = value
     return page.run(timeout=PATIENCE_SECONDS)
+
+
+def test_streamlit_page_says_that_streamlit_is_too_old(queue, monkeypatch):
+    monkeypatch.setattr(dashboard, "version", lambda _: "1.54.0")
+    page = streamlit()
+    assert not page.exception
+    assert "pip install -U streamlit" in "".join(each.proto.body for each in page.get("html"))
 
 
 @pytest.mark.filterwarnings("ignore")
