@@ -1761,6 +1761,19 @@ def test_page_leaves_out_columns_that_are_empty(queue, site):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_page_shows_how_the_number_of_stored_jobs_changes_next_to_how_long_they_are_kept(queue, site):
+    now = time.time()
+    queue.keep("default", completed="1d")
+    for at in (now - 86400 + 600, now, now, now):  # the first is deleted within the hour
+        queue.enqueue("t", now=at)
+        queue.complete(queue.dequeue("w", now=at), now=at)
+    queue.enqueue("t")  # a backlog, which is not meant
+    assert "+2" not in site.ask("/queues")[1].partition('id="settings"')[0]
+    assert ">+2<" in site.ask("/queues")[1].partition('id="settings"')[2]
+    assert "'stored jobs per hour': {0: '+2'}" in _frames(streamlit(page="queues"))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_page_of_a_task_begins_with_the_job_that_failed_last_however_long_ago_it_was_enqueued(queue, site):
     now = time.time()
     old, *others = queue.enqueue_many("t", range(dashboard.JOBS_PER_PAGE + 2), now=now - 3600)
