@@ -119,6 +119,7 @@ from pqueue_values import (
     time_of,
     to_job,
     valid_int,
+    valid_job,
     valid_list,
     valid_name,
     valid_number,
@@ -434,7 +435,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         Return the leased jobs, and those of `finished` that were not completed because their lease was lost. Inside
         `transaction()`, raise LeaseLost for these instead.
         """
-        completions = [(job, encode_result(result)) for job, result in valid_list("finished jobs", finished)]
+        completions = [(valid_job(job), encode_result(result)) for job, result in valid_list("finished jobs", finished)]
         me = self._registered(consumer, queues, tasks, now)
         me.prefetches = prefetch and self._publish_begun(me)
         valid_int("limit", 0, limit)
@@ -445,12 +446,13 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
     def begin(self, job: Job, *, now: float | None = None) -> None:
         """Record that a job leased with `prefetch` is about to run. Raises LeaseLost if its lease has expired."""
         # guard: a job is recorded as begun only during its lease
-        self._expect_lease(job, now)
+        self._expect_lease(valid_job(job), now)
         self._note_begun(job)
         self._expect_lease(job, now)  # again: a consumer that reclaims it from now on sees that it had begun
 
     def has_begun(self, job: Job) -> bool:
         """Return False if a job that is leased with `prefetch` certainly has not begun."""
+        valid_job(job)
         with self._transaction(durable=False) as session:
             return self._has_begun(session, job)
 
@@ -561,10 +563,10 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
     def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:
         """Make a `processing` job `completed`, with a JSON-serializable result. Raises LeaseLost."""
-        encoded = encode_result(result)
+        token, encoded = valid_job(job).lease_token, encode_result(result)
         with self._transaction(in_batch=True) as session:
             at = self._time(now)
-            params = {"id": job.id, "token": job.lease_token, "result": encoded, "now": at}
+            params = {"id": job.id, "token": token, "result": encoded, "now": at}
             # guard: complete needs a held lease
             if not session.change(pqueue_schema.COMPLETE, params) and self._complete_all(session, [(job, encoded)], at):
                 _refuse(session, "complete", job)
@@ -586,10 +588,10 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         retry: whether to try again, if an attempt is left.
         retry_in_seconds: the delay before that; None: `backoff_seconds(job.attempts)`.
         """
-        now = self._time(now)
-        delay = backoff_seconds(job.attempts) if retry_in_seconds is None else retry_in_seconds
+        attempts, now = valid_job(job).attempts, self._time(now)
+        delay = backoff_seconds(attempts) if retry_in_seconds is None else retry_in_seconds
         # guard: no attempt after the last
-        again = retry and job.attempts < (job.max_attempts or 0)  # None: it was never delivered
+        again = retry and attempts < (job.max_attempts or 0)  # None: it was never delivered
         params: Params = {"now": now, "run_at": now + duration("retry_in_seconds", delay), "error": error_text(error)}
         # guard: fail is synced
         self._with_lease(
@@ -602,6 +604,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
         Raises LeaseLost.
         """
+        valid_job(job)
         delay, now = duration("delay_seconds", delay_seconds), self._time(now)
         with self._transaction(durable=False) as session:
             if not self._release(session, job, now, now + delay if delay > 0 else None):
@@ -670,7 +673,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         self, verb: str, sql: str, job: Job, params: Params, event: str | None = None, durable: bool = False
     ) -> None:
         """Execute a transition that requires the lease; record the event, if any."""
-        params |= {"id": job.id, "token": job.lease_token}
+        params |= {"id": valid_job(job).id, "token": job.lease_token}
         with self._transaction(durable=durable) as session:
             if event and job.lease_token:
                 session.change(pqueue_schema.RECORD, {**params, "event": event, "actor": job.consumer})
@@ -836,7 +839,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
     def holds(self, job: Job) -> bool:
         """Return whether this delivery still holds the job's lease; unlike `extend`, this writes nothing."""
-        return bool(self._read(pqueue_schema.HOLDS, {"id": job.id, "token": job.lease_token}))
+        return bool(self._read(pqueue_schema.HOLDS, {"id": valid_job(job).id, "token": job.lease_token}))
 
     def _registered(
         self, name: str, queues: Sequence[str] | None, tasks: Sequence[str] | None, now: float | None

@@ -373,6 +373,12 @@ def valid_list(what: str, values: Iterable[T]) -> list[T]:
     raise ValueError(f"expected a list of {what}, got {short(values)}")
 
 
+def valid_job(job: Job) -> Job:
+    if isinstance(job, Job):
+        return job
+    raise ValueError(f"expected a job that was dequeued, got {short(job)}")
+
+
 def valid_int(what: str, least: int, value: int, most: int = MAX_NUMBER) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
         return value

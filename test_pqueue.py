@@ -3205,6 +3205,26 @@ class QueueContract:
                 self.queue.complete(job, value)
                 self.assertEqual(self.queue.get(job_id).result, value)
 
+    def test_verb_refuses_what_is_no_job(self):
+        self.taken()
+        q = self.queue
+        for given in (1, None, "job"):
+            for call in (q.complete, q.release, q.extend, q.update, q.holds, q.begin, q.has_begun):
+                with self.subTest(given=given, call=call), self.assertRaises(ValueError) as caught:
+                    call(given)
+                self.assertEqual(str(caught.exception), f"expected a job that was dequeued, got {given!r}")
+            for call in (lambda job: q.fail(job, "E"), lambda job: q.fail(job, "E", retry_in_seconds=1)):
+                with self.assertRaisesRegex(ValueError, "expected a job that was dequeued"):
+                    call(given)
+            with self.assertRaisesRegex(ValueError, "expected a job that was dequeued"):
+                q.complete_and_dequeue([(given, None)], "w", 0)
+        with q.transaction():
+            q.enqueue("u", now=NOW)
+            with self.assertRaisesRegex(ValueError, "expected a job that was dequeued"):
+                q.complete(1)
+        states = q.stats()["states"]
+        self.assertEqual((states["pending"], states["processing"]), (1, 1))
+
     def test_wrong_arguments_are_refused_in_one_line_and_nothing_is_stored(self):
         q = self.queue
         job = self.taken()
