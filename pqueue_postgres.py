@@ -264,6 +264,7 @@ MAY_HAVE_JOB = f"""EXISTS (SELECT 1 FROM group_events) OR EXISTS (SELECT 1 FROM 
 SHARES = 0
 WIDTHS = (1, 8, 32, 64)
 MOST_TIMES, SUFFICED, LAZY_CLAIMS = 4, 64, 32  # see Reach
+MAX_BATCH = 256  # jobs per claim of a consumer from few queues
 WIDTH = 16  # where it is not adapted to the number of tasks that have jobs
 ROW = "ctid, priority, run_at, id, attempts, max_attempts"
 IS_ALONE = f"jobs.attempts > 0 OR jobs.attempts + 1 >= {MOST_ATTEMPTS}"
@@ -682,6 +683,10 @@ class Reach:
 
     def share(self, limit: int) -> int:
         return 1 + self._times + self._times * limit // max(1, self._tasks)
+
+    def max_batch(self) -> int:
+        """Return how many jobs a consumer may claim: a claim from many queues takes long, however few it takes."""
+        return MAX_BATCH if self._tasks <= WIDTHS[1] else 2 * MAX_BATCH
 
     def adapt(self, width: int, limit: int, *, tasks: int, looked_at: int, taken: int) -> None:
         self._tasks = tasks

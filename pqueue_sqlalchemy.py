@@ -64,6 +64,7 @@ from pqueue_postgres import (
     IS_FULL,
     LOCK_CLASS,
     LOCKED_SLOTS,
+    MAX_BATCH,
     NOT_LOGGED,
     PG_NOTIFY,
     PG_NOTIFY_JOBS,
@@ -484,7 +485,7 @@ class OnPostgres(PersistentQSQLAlchemy):
     busy_seconds: how long to wait for a lock or a connection.
     """
 
-    max_batch = 256  # a claim from many queues takes long, however few jobs it takes
+    max_batch = MAX_BATCH
     _AMONG = AMONG
     _LIKE = 'COLLATE "C" ILIKE'
     _BYTES = "octet_length(convert_to({}, 'UTF8'))"
@@ -846,6 +847,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         rows = session.alone(sql, {**claim, **done, "number": len(ids)})
         taken = [row[3:] for row in rows if row[3] is not None]
         reach.adapt(width, limit, tasks=rows[0][1], looked_at=rows[0][2], taken=len(taken))
+        self.max_batch = reach.max_batch()
         jobs = self._claimed_jobs(session, taken, claim)
         # Those whose lease was lost, or that others wait for. If there are any, nothing was claimed.
         left = [each for each in completions if rows[0][0] is not None and each[0].id not in rows[0][0]]

@@ -63,7 +63,7 @@ def fill(queue, queues, jobs, seed=0):
 
 
 @pytest.mark.parametrize("queues", [1, 7, 40, 200])
-@pytest.mark.parametrize("limit", [1, 16, 256])
+@pytest.mark.parametrize("limit", [1, 16, 512])
 def test_consumer_of_many_queues_gets_all_jobs_in_order(queue, queues, limit):
     fill(queue, queues, 400, seed=queues)
     expected, got = in_order(queue.list_jobs(limit=1000)), []
@@ -191,8 +191,20 @@ def test_claim_reads_little_of_the_jobs_that_have_finished_since_the_last_vacuum
     assert pages[queue._reach.width()] < 0.7 * pages[1]
 
 
+def test_consumer_may_claim_more_jobs_at_once_while_they_are_of_many_queues(queue):
+    for number in range(30):
+        queue.enqueue_many("t", range(50), queue=f"q{number}")
+    while queue.max_batch == pqueue_postgres.MAX_BATCH:
+        assert queue.dequeue_many("w", 9)
+    assert len(queue.dequeue_many("w", queue.max_batch)) == 2 * pqueue_postgres.MAX_BATCH
+    queue.delete_jobs(force=True)
+    queue.enqueue_many("t", range(600))
+    queue.dequeue_many("w", 1)
+    assert len(queue.dequeue_many("w", queue.max_batch)) == pqueue_postgres.MAX_BATCH
+
+
 @pytest.mark.parametrize("queues", [1, 30, 200])
-@pytest.mark.parametrize("limit", [1, 16, 256])
+@pytest.mark.parametrize("limit", [1, 16, 512])
 def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
     for number in range(queues):
         queue.enqueue_many("t", range(3000 // queues), queue=f"q{number}")
