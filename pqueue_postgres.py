@@ -278,6 +278,15 @@ AS_LEASED = {name: f"{value} AS {name}" for name, value in LEASE.items()}
 AS_LEASED |= {name: f"CAST({LEASE[name]} AS double precision) AS {name}" for name in ("lease_expires_at", "started_at")}
 
 
+# Whether nobody has changed or locked the row since the statement began. To lock a job that was leased meanwhile would
+# delay its completion. xmax is the lower half of the number of the transaction that did so last, or 0. If several did
+# at the same time, it is another number, so this may be wrong: not all claims can use it.
+_NEXT = "(SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint))"
+_AGO = f"(({_NEXT} - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295)"
+UNTOUCHED = f"""CASE WHEN jobs.xmax = '0' THEN true ELSE {_AGO} BETWEEN 1 AND 2147483647
+    AND pg_visible_in_snapshot(CAST(CAST({_NEXT} - {_AGO} AS text) AS xid8), (SELECT pg_current_snapshot())) END"""
+
+
 def _heads(number: int) -> str:
     """Return the first jobs in order of which each is the first of a task in a queue."""
     return f"""
@@ -334,7 +343,7 @@ def _in_order(width: int) -> str:
         ) merged ORDER BY {ORDER}) jobs WHERE beyond = 0 ORDER BY {ORDER}"""
 
 
-def _claim(width: int, condition: str = "") -> str:
+def _claim(width: int, condition: str = "", untouched: str = "") -> str:
     """Lease the first jobs that no other transaction has locked. Locks little more than these, as a lock is a write.
 
     A job that was delivered before, or is on its last attempt, is leased alone: the database does not show which jobs a
@@ -348,7 +357,7 @@ WHERE {condition} state = 'pending' AND ctid = ANY (ARRAY(
         FROM (
             SELECT jobs.ctid, {IS_ALONE} AS alone
             FROM ({_in_order(width)}
-            ) best JOIN jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
+            ) best JOIN jobs ON jobs.ctid = best.ctid WHERE {untouched and f"{untouched} AND"} jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT :limit FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING {COLUMNS}"""
@@ -626,7 +635,7 @@ def claim_alone(width: int) -> str:
     repeated. The second column is the number of tasks, counted per queue, that have jobs, for a `width` at most one
     more; the third is the number of jobs that were looked at, of shares."""
     return f"""{_with_tasks(width)},
-taken AS ({_claim(width, NONE_OVERDUE)})
+taken AS ({_claim(width, NONE_OVERDUE, UNTOUCHED)})
 SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
     ELSE 'off' END, true), {_seen(width)}, taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
 
@@ -648,7 +657,7 @@ done AS (
     {_COMPLETE_THESE} AND has_dependents = 0
     RETURNING id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
 counted AS ({_COUNT_COMPLETED}),
-taken AS ({_claim(width, f"(SELECT count(*) FROM done WHERE of_group = '') = :number AND {NONE_OVERDUE}")})
+taken AS ({_claim(width, f"(SELECT count(*) FROM done WHERE of_group = '') = :number AND {NONE_OVERDUE}", UNTOUCHED)})
 SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM done) END,
     {_seen(width)}, taken.*
 FROM (SELECT) one LEFT JOIN taken ON true"""

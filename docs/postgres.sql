@@ -525,7 +525,7 @@ WHERE  state = 'pending' AND ctid = ANY (ARRAY(
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 16)
         ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
-            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
+            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE  jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $8 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents;
@@ -1967,7 +1967,8 @@ SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND ru
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 1)
         ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
-            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
+            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE CASE WHEN jobs.xmax = '0' THEN true ELSE (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295) BETWEEN 1 AND 2147483647
+    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295) AS text) AS xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $8 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
@@ -2023,7 +2024,8 @@ SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND ru
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 1)
         ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
-            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
+            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE CASE WHEN jobs.xmax = '0' THEN true ELSE (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295) BETWEEN 1 AND 2147483647
+    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295) AS text) AS xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $12 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
@@ -2081,7 +2083,8 @@ SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND ru
         SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (
             SELECT *, count(CASE WHEN rank = $1 THEN 1 END) OVER (ORDER BY priority DESC, run_at, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM heads
         ) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
-            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
+            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE CASE WHEN jobs.xmax = '0' THEN true ELSE (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295) BETWEEN 1 AND 2147483647
+    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295) AS text) AS xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $13 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)

@@ -215,6 +215,40 @@ def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
         assert records <= 2 * taken, plan
 
 
+@pytest.mark.parametrize("queues", [1, 30])
+def test_claim_locks_no_job_that_another_consumer_has_leased_since_it_began(queue, queues, database, monkeypatch):  # noqa: F811
+    """Which would make the completion of that job wait for it."""
+    monkeypatch.setattr(pqueue, "DEAD_CHECK_SECONDS", 3600.0)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    locked = "SELECT count(*) FROM pqueue.jobs WHERE consumer = 'other' AND xmax <> xmin"  # its own lock remains
+    for number in range(100):
+        queue.enqueue("t", queue=f"q{number % queues}")
+    done = [queue.dequeue("w") for _ in range(5)]  # so that the number of queues is known
+    with (
+        psycopg.connect(database) as holder,
+        closing(pqueue.open_queue(database)) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        holder.execute("SELECT 1 FROM pqueue.jobs WHERE id = %s FOR UPDATE", [done[0].id])
+        claim = pool.submit(queue.complete_and_dequeue, [(job, None) for job in done], "w", 8)
+        wait_until(lambda: holder.execute(waiting).fetchone() == (1,))
+        leased = other.dequeue_many("other", 5)
+        assert len(leased) == 5
+        holder.commit()
+        jobs, lost = claim.result()
+        assert (bool(jobs), lost, {job.id for job in jobs} & {job.id for job in leased}) == (True, [], set())
+        assert holder.execute(locked).fetchone() == (0,)
+
+
+@pytest.mark.parametrize("ends", ["COMMIT", "ROLLBACK"])
+def test_job_that_was_only_locked_is_claimed_like_others_afterwards(queue, database, ends):  # noqa: F811
+    ids = queue.enqueue_many("t", range(4))
+    with psycopg.connect(database, autocommit=True) as holder:
+        for command in ("BEGIN", "SELECT 1 FROM pqueue.jobs FOR UPDATE", ends):
+            holder.execute(command)
+    assert [job.id for job in queue.dequeue_many("w", 9)] == ids
+
+
 def test_claim_that_takes_all_there_is_reads_no_more_of_each_task_the_next_time(queue):
     queue.enqueue_many("t", range(100))
     queue.delete_jobs()
