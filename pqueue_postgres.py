@@ -278,13 +278,14 @@ AS_LEASED = {name: f"{value} AS {name}" for name, value in LEASE.items()}
 AS_LEASED |= {name: f"CAST({LEASE[name]} AS double precision) AS {name}" for name in ("lease_expires_at", "started_at")}
 
 
-# Whether nobody has changed or locked the row since the statement began. To lock a job that was leased meanwhile would
-# delay its completion. xmax is the lower half of the number of the transaction that did so last, or 0. If several did
-# at the same time, it is another number, so this may be wrong: not all claims can use it.
+# Nobody has changed or locked this row since the statement began. To lock a job that was leased since then would delay
+# its completion. xmax is the lower half of the number of the transaction that did so last, or 0; but if several have
+# locked the row together, it is the number of their group, and this may be wrong. So CLAIM, which a consumer executes
+# once a second, does without it.
 _NEXT = "(SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint))"
 _AGO = f"(({_NEXT} - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295)"
 UNTOUCHED = f"""CASE WHEN jobs.xmax = '0' THEN true ELSE {_AGO} BETWEEN 1 AND 2147483647
-    AND pg_visible_in_snapshot(CAST(CAST({_NEXT} - {_AGO} AS text) AS xid8), (SELECT pg_current_snapshot())) END"""
+    AND pg_visible_in_snapshot(CAST(CAST({_NEXT} - {_AGO} AS text) AS xid8), (SELECT pg_current_snapshot())) END AND"""
 
 
 def _heads(number: int) -> str:
@@ -357,7 +358,7 @@ WHERE {condition} state = 'pending' AND ctid = ANY (ARRAY(
         FROM (
             SELECT jobs.ctid, {IS_ALONE} AS alone
             FROM ({_in_order(width)}
-            ) best JOIN jobs ON jobs.ctid = best.ctid WHERE {untouched and f"{untouched} AND"} jobs.state = 'pending'
+            ) best JOIN jobs ON jobs.ctid = best.ctid WHERE {untouched} jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT :limit FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING {COLUMNS}"""
