@@ -102,7 +102,7 @@ MUTANTS = [
     Mutant("consumers look for the jobs of a joined transaction", "contract: consumer_sees_a_joined"),
     # attempts
     Mutant("an attempt counts when it is claimed", HISTORY, '"attempts": "attempts + 1"', '"attempts": "attempts"'),
-    Mutant("no attempt after the last", HISTORY, " and job.attempts < (job.max_attempts or 0)", ""),
+    Mutant("no attempt after the last", HISTORY, " and attempts < (job.max_attempts or 0)", ""),
     Mutant("the task of the consumer limits the attempts", "contract: has_the_attempts_of_its_task", "CASE WHEN :known_attempts IS NOT NULL", "CASE WHEN FALSE"),
     Mutant("no delivery after the last attempt was lost", HISTORY, " AND attempts < max_attempts", ""),
     Mutant("a released attempt does not count", HISTORY, " attempts = attempts - 1,", ""),
