@@ -394,20 +394,20 @@ def mutate(mutant: Mutant, folder: Path) -> None:
         shutil.copy2(ROOT / "tests" / name, folder / "tests")
     (folder / "__pycache__").symlink_to(ROOT / "__pycache__")
     if mutant.guard:
-        (path,) = (path for path in _sources(folder) if _marks(mutant.guard, path.read_text()))
+        (path,) = (path for path in sources(folder) if marks(mutant.guard, path.read_text()))
         path.write_text(without_guard(mutant, path.read_text()))
 
 
-def _sources(folder: Path) -> list[Path]:
+def sources(folder: Path) -> list[Path]:
     return [*folder.glob("*.py"), *folder.glob("pqueue_tools/*.py")]
 
 
-def _marks(guard: str, text: str) -> list[re.Match[str]]:
+def marks(guard: str, text: str) -> list[re.Match[str]]:
     return list(re.finditer(rf"^ *# guard: {re.escape(guard)}\n", text, re.MULTILINE))
 
 
 def without_guard(mutant: Mutant, text: str) -> str:
-    (mark,) = _marks(mutant.guard, text)
+    (mark,) = marks(mutant.guard, text)
     number = text.count("\n", 0, mark.start()) + 1
     statements = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt) and node.lineno > number]
     statement = min(statements, key=lambda node: node.lineno)
@@ -500,7 +500,7 @@ def test_docs_list_the_mutants():
 
 def test_mark_of_each_guard_has_a_mutant():
     marks = [
-        mark for path in _sources(ROOT) for mark in re.findall(r"^ *# guard: (.+)\n", path.read_text(), re.MULTILINE)
+        mark for path in sources(ROOT) for mark in re.findall(r"^ *# guard: (.+)\n", path.read_text(), re.MULTILINE)
     ]
     assert sorted(marks) == sorted(mutant.guard for mutant in MUTANTS)
 

@@ -9,6 +9,7 @@ from itertools import chain
 
 import pytest
 from conftest import ROOT
+from test_mutants import MUTANTS, marks, sources, without_guard
 
 PROGRAMS = {"producer", "consumer", "admin", "manager", "ops"}
 PATHS = [*ROOT.glob("pqueue*.py"), *(ROOT / f"{name}.py" for name in PROGRAMS), *ROOT.glob("pqueue_tools/[!_]*.py")]
@@ -166,3 +167,11 @@ def test_message_names_a_program_as_it_is_called_in_a_checkout_or_an_installed_c
     allowed = {"pqueue_values": 2, "admin": 1}.get(name, 0)
     found = [node.value for node in texts if isinstance(node.value, (str, bytes)) and fixed.search(str(node.value))]
     assert len(found) <= allowed, found
+
+
+def test_mutant_changes_the_statement_below_its_mark():
+    """Found here within seconds; `test_mutants.py`, which also runs them, takes minutes."""
+    texts = [path.read_text() for path in sources(ROOT)]
+    for mutant in MUTANTS:
+        (text,) = (text for text in texts if marks(mutant.guard, text))
+        assert without_guard(mutant, text) != text
