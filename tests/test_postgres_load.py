@@ -240,13 +240,20 @@ def test_claim_locks_no_job_that_another_consumer_has_leased_since_it_began(queu
         assert holder.execute(locked).fetchone() == (0,)
 
 
-@pytest.mark.parametrize("ends", ["COMMIT", "ROLLBACK"])
-def test_job_that_was_only_locked_is_claimed_like_others_afterwards(queue, database, ends):  # noqa: F811
-    ids = queue.enqueue_many("t", range(4))
-    with psycopg.connect(database, autocommit=True) as holder:
-        for command in ("BEGIN", "SELECT 1 FROM pqueue.jobs FOR UPDATE", ends):
-            holder.execute(command)
-    assert [job.id for job in queue.dequeue_many("w", 9)] == ids
+@pytest.mark.parametrize("queues", [1, 30])
+@pytest.mark.parametrize("locks", [("COMMIT",), ("ROLLBACK",), ("COMMIT", "ROLLBACK")])
+def test_jobs_that_were_only_locked_are_claimed_before_later_ones(queue, queues, database, monkeypatch, locks):  # noqa: F811
+    monkeypatch.setattr(pqueue, "DEAD_CHECK_SECONDS", 3600.0)
+    ids = [queue.enqueue("t", queue=f"q{number % queues}") for number in range(100)]
+    for _ in range(5):  # so that the number of queues is known
+        queue.complete(queue.dequeue("w"))
+    with ExitStack() as stack:
+        holders = [stack.enter_context(psycopg.connect(database, autocommit=True)) for _ in locks]
+        for command in ("BEGIN", "SELECT FROM pqueue.jobs FOR SHARE", *locks):
+            for holder in holders if command not in locks else [holders[locks.index(command)]]:
+                holder.execute(command)
+    monkeypatch.setattr(queue, "_step_by_step", mock.Mock())  # which claims in another statement
+    assert [job.id for job in queue.dequeue_many("w", 9)] == ids[5:14]
 
 
 def test_claim_that_takes_all_there_is_reads_no_more_of_each_task_the_next_time(queue):
