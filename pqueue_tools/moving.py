@@ -81,7 +81,9 @@ def _cancel_failed_move(queue: PersistentQInterface) -> None:
     """After an error, resume the old queue, unless it may have been copied."""
     with suppress(QueueError):
         found = queue.move_status()
-        if found and found["event"] == "moving":
+        if found is None:
+            return
+        if found["event"] == "moving":
             queue.cancel_move()
             return
     print_error("admin", "note: the old queue remains paused; repeat the command, or use --cancel")

@@ -330,6 +330,19 @@ def test_move_onto_a_full_disk_leaves_the_old_queue_as_it_was(path, new, monkeyp
     assert not new.exists()
 
 
+def test_move_that_cannot_begin_does_not_say_that_the_queue_is_paused(path, new, monkeypatch, capsys):
+    import admin  # not at hand where single guards are removed
+
+    def refuse(*_, **__):
+        raise QueueError("its file system is read-only")
+
+    filled(path)
+    monkeypatch.setenv("PQUEUE_URL", str(path))
+    monkeypatch.setattr(pqueue.PersistentQSQLite, "begin_move", refuse)
+    assert admin.main(["move", "--to", str(new)]) == 1
+    assert "paused" not in capsys.readouterr().err
+
+
 def killed_at_line(number, call):
     """Call it in a child that kills itself before the line of this number; return whether it came so far."""
     child = os.fork()
