@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import pqueue
 from pqueue import DoNotRetry, Job, PersistentQInterface, QueueBusy, QueueError
+from pqueue_files import identity
 from pqueue_outcomes import Expectation, Outcomes, Times, total
 from pqueue_tools import file_task, report, supervisor
 from pqueue_tools.commands import Ago, moment
@@ -194,6 +195,7 @@ class FigureCache:
     def __init__(self) -> None:
         self._queue: PersistentQInterface | None = None
         self._identity: Any = None
+        self._logs: Any = None  # those of the background thread, which keeps them open
         self._reason: QueueError | None = None  # why the queue could not be opened
         self._retry_at = 0.0  # when to try again
         self._lock = threading.RLock()
@@ -219,13 +221,13 @@ class FigureCache:
         self._searches: dict[str, tuple[float, JobPage | None]] = {}
 
     def queue(self) -> PersistentQInterface:
-        """Return the open queue. It is opened again if its file was replaced."""
+        """Return the open queue. It is opened again if its file was replaced, or its log deleted."""
         with self._lock:
-            identity = self._file_identity()
-            if self._queue is not None and identity != self._identity:
+            database = self._file_identity()
+            if self._queue is not None and (database != self._identity or self._logs not in (None, self._log_files())):
                 self.forget()
             if self._queue is None:
-                self._queue, self._identity = self._opened(), identity  # of before: it may be replaced meanwhile
+                self._queue, self._identity = self._opened(), database  # of before: it may be replaced meanwhile
             return self._queue
 
     def _opened(self) -> PersistentQInterface:
@@ -246,7 +248,7 @@ class FigureCache:
             if self._queue is not None:
                 with suppress(QueueError):
                     self._queue.close()
-            self._queue = None
+            self._queue = self._logs = None
             self._computed = {}
             self.expire()
 
@@ -260,11 +262,13 @@ class FigureCache:
         with self._lock:
             self._stale_at, self._running, self._searches = {}, {}, {}
 
-    def _file_identity(self) -> Any:
+    def _file_identity(self, suffix: str = "") -> Any:
         with suppress(OSError, ValueError):
-            facts = os.stat(pqueue.sqlite_path())
-            return facts.st_dev, facts.st_ino
+            return identity(f"{pqueue.sqlite_path()}{suffix}")
         return None
+
+    def _log_files(self) -> list[Any]:
+        return [self._file_identity(suffix) for suffix in ("-wal", "-shm")]
 
     def figures(self, wait_seconds: float | None = None, *, days: bool = False) -> dict[str, Any]:
         """Return the current figures, or the previous ones if computing takes longer than wait_seconds (None:
@@ -362,6 +366,7 @@ class FigureCache:
             found = QueueError(f"cannot count the jobs: {error}")
         with self._lock:
             if self._running is running:  # otherwise the result is already out of date
+                self._logs = self._logs or self._log_files()
                 self._stale_at[part], self._began[part] = _stale_at(began), began
                 self._computed[part] = self._stale_at[part] + MAX_STALE_SECONDS, found
                 del running[part]

@@ -178,6 +178,19 @@ def test_queue_that_is_replaced_while_it_is_opened_is_opened_again(folder, monke
         assert cache.queue() is second
 
 
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+def test_dashboard_opens_a_queue_again_whose_log_was_deleted(queue, suffix):
+    queue.enqueue("t")
+    with closing(dashboard.FigureCache()) as cache:
+        first = cache.queue()
+        cache.figures(PATIENCE_SECONDS)
+        assert cache.queue() is first
+        queue.close()
+        Path(f"{queue.path}{suffix}").unlink()
+        assert cache.queue() is not first
+        assert "restart" not in str(cache.figures(PATIENCE_SECONDS)["overview"]["findings"])
+
+
 def test_connection_for_which_the_system_has_no_thread_is_closed_and_forgotten(queue, site, monkeypatch, capfd):
     def refuse(thread):
         raise RuntimeError("can't start new thread")
