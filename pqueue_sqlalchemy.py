@@ -1058,19 +1058,19 @@ class OnPostgres(PersistentQSQLAlchemy):
         expected |= {"server_encoding": "UTF8", "transaction_isolation": "read committed"}
         if self.durability == "full":
             expected["synchronous_commit"] = "on"
-        facts: dict[str, Any] = {"path": self.name, "durability": self.durability, "user_version": self._version()}
+        facts: dict[str, Any] = {"path": self.name, "durability": self.durability, "schema_version": self._version()}
         for name in ("server_version", "synchronous_commit", *expected):
             facts[name] = self._read(f"SHOW {name}")[0][0]
         if thorough:
             facts["file_bytes"] = self._read("SELECT pg_database_size(current_database())")[0][0]
-        expected["user_version"] = len(pqueue_schema.MIGRATIONS)
+        expected["schema_version"] = len(pqueue_schema.MIGRATIONS)
         if facts["synchronous_commit"] != "off":  # on this server's disk; the values differ only for standbys
             expected.pop("synchronous_commit", None)
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
         try:
-            for problems in self._look_for_problems(facts["user_version"], thorough=thorough):
+            for problems in self._look_for_problems(facts["schema_version"], thorough=thorough):
                 facts["problems"] += problems
         except QueueBusy as error:  # a table is locked
             facts["problems"].append(str(error))

@@ -1082,7 +1082,8 @@ class PersistentQSQLite(PersistentQInterface):
             self._session().files.expect_in_place()
         except DatabaseReplaced as error:
             return {**facts, "problems": [str(error)]}
-        expected: dict[str, Any] = {"user_version": len(MIGRATIONS)}
+        expected: dict[str, Any] = {"schema_version": len(MIGRATIONS)}
+        facts["schema_version"] = self._read("PRAGMA user_version")[0][0]
         if thorough:
             expected["quick_check"] = "ok"
         if not self.is_read_only:

@@ -7021,7 +7021,7 @@ class Files(SQLiteCase):
         self.assertEqual((facts["journal_mode"], facts["durability"], facts["problems"]), ("wal", "full", []))
         with self.sqlite() as db:
             db.execute("PRAGMA user_version = 0")
-        self.assertEqual(queue.check()["problems"], ["expected user_version 1, got 0"])
+        self.assertEqual(queue.check()["problems"], ["expected schema_version 1, got 0"])
 
     def test_check_reports_problems_of_the_location(self):
         queue = self.open()

@@ -249,12 +249,12 @@ def _widths(wanted: dict[str, int], whole: set[str], width: int) -> dict[str, in
     kept = {name: LAST_COLUMN_CELLS for name in widths if name not in whole} | {first: NAME_CELLS}
     kept[last] = LAST_COLUMN_CELLS
     for name in (name for name in DROPPED if name in wanted and name not in (first, last)):
-        least = sum(min(cells, kept.get(each, cells)) for each, cells in widths.items())
-        if least + 2 * (len(widths) - 1) <= width:
+        if _least(widths, kept) <= width:
             break
         del widths[name]
     # Many columns that are cut to a few characters say nothing.
-    while len(widths) > 2 and sum(min(each, READABLE_CELLS) for each in widths.values()) + 2 * len(widths) - 2 > width:
+    readable = {name: READABLE_CELLS for name in widths if name not in whole} | {first: NAME_CELLS}
+    while len(widths) > 2 and _least(widths, readable) > width:
         del widths[[*widths][-2]]
     while (excess := sum(widths.values()) + 2 * (len(widths) - 1) - width) > 0:
         texts = [name for name in widths if name not in whole and widths[name] > LEAST_CELLS] or list(widths)
@@ -265,6 +265,11 @@ def _widths(wanted: dict[str, int], whole: set[str], width: int) -> dict[str, in
             break
         widths[longest] -= min(excess, max(1, widths[longest] - LAST_COLUMN_CELLS))
     return widths
+
+
+def _least(widths: dict[str, int], most: dict[str, int]) -> int:
+    """Return the width of a table in which some columns are cut to at most so many cells."""
+    return sum(min(cells, most.get(name, cells)) for name, cells in widths.items()) + 2 * (len(widths) - 1)
 
 
 def _is_number(value: Any) -> bool:

@@ -99,6 +99,15 @@ def test_narrow_terminal_drops_columns_and_keeps_the_message():
         assert LONG[: output.LAST_COLUMN_CELLS - 1] in shown
 
 
+@pytest.mark.parametrize("width", [30, 40, 60])
+def test_narrow_table_of_queues_shows_their_names(queue, width):
+    queue.enqueue("send", queue="newsletter")
+    rows = [{"queue": name, **each} for name, each in queue.stats()["queues"].items()]
+    head, line = output.table(rows, width).split("\n")
+    assert head.split()[:2] == ["queue", "pending"]
+    assert line.split()[:2] == ["newsletter", "1"]
+
+
 def test_narrow_table_of_tasks_shows_the_attempts_that_its_share_of_failures_counts(queue):
     for _ in range(2):
         queue.enqueue("send_newsletter", queue="newsletter")

@@ -472,7 +472,7 @@ def test_running_program_stops_when_it_connects_to_a_newer_schema(admin, queue):
     queue.enqueue("t")
     assert queue.dequeue("w")
     admin.execute("UPDATE pqueue.version SET number = 99")
-    assert any("expected user_version 1, got 99" in each for each in queue.check()["problems"])
+    assert any("expected schema_version 1, got 99" in each for each in queue.check()["problems"])
     lose_connections(admin)
     for verb in (lambda: queue.enqueue("t"), lambda: queue.dequeue("w"), queue.stats):
         with pytest.raises(

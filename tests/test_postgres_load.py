@@ -583,7 +583,7 @@ CREATE FUNCTION public.count_pending(which text) RETURNS bigint LANGUAGE sql AS 
             "index jobs_claim is invalid: run REINDEX INDEX pqueue.jobs_claim",
         ),
         ("ALTER TABLE pqueue.jobs SET (autovacuum_enabled = false)", "autovacuum is off for table .*jobs: run ALTER"),
-        ("UPDATE pqueue.version SET number = 2", "expected user_version 1, got 2"),
+        ("UPDATE pqueue.version SET number = 2", "expected schema_version 1, got 2"),
         (
             "ALTER TABLE pqueue.jobs SET UNLOGGED",
             "table pqueue.jobs is UNLOGGED: run ALTER TABLE pqueue.jobs SET LOGGED",
