@@ -15,7 +15,7 @@ from pqueue_tools.commands import Ago, json_value, moment, rate
 from pqueue_tools.dashboard import FILTERS, FigureCache, Form, one
 from pqueue_tools.masking import masked_job
 from pqueue_tools.process import sentence_of, whole_number
-from pqueue_values import interval
+from pqueue_values import interval, short
 
 FORM_FIELDS = ("scope", "id", "back", "confirmed", "when", "rate")  # of an action on many jobs, apart from the filters
 Act = Callable[[PersistentQInterface, Form, str | None], str]
@@ -156,14 +156,23 @@ def _named(verb: str, kind: str, done: str) -> Act:
     """Act on the queue or the schedule that the form names."""
 
     def act(queue: PersistentQInterface, form: Form, by: str | None) -> str:
-        getattr(queue, verb)(one(form, kind), by=by)
-        return f"{kind} {one(form, kind)} {done}"
+        name = _known_queue(queue, form) if kind == "queue" else one(form, kind)
+        getattr(queue, verb)(name, by=by)
+        return f"{kind} {name} {done}"
 
     return act
 
 
+def _known_queue(queue: PersistentQInterface, form: Form) -> str:
+    """Return the queue that the form names. Raises ValueError if there is none: the action would create it."""
+    name = one(form, "queue")
+    if name not in queue.stats()["queues"]:
+        raise ValueError(f"no queue {short(name)}")
+    return name
+
+
 def _limit(queue: PersistentQInterface, form: Form, by: str | None) -> str:
-    name, given = one(form, "queue"), one(form, "max_pending")
+    name, given = _known_queue(queue, form), one(form, "max_pending")
     most = whole_number(0)(given) if given else None
     queue.limit(name, most, by=by)
     return f"queue {name} " + (

@@ -1626,6 +1626,13 @@ def test_paused_queue_is_shown_and_leaves_the_dashboard_healthy(queue, site):
     assert 'pqueue_findings{severity="info"} 1\n' in site.ask("/metrics")[1]
 
 
+@pytest.mark.parametrize(("action", "fields"), [("pause", {}), ("resume", {}), ("limit", {"max_pending": "7"})])
+def test_dashboard_creates_no_queue_by_changing_an_unknown_one(queue, site, action, fields):
+    queue.enqueue("t")
+    assert site.act(action, queue="slwo", **fields)[:2] == (409, "no queue 'slwo'\n")
+    assert [*queue.stats()["queues"]] == ["default"]
+
+
 def test_health_includes_the_programs_that_supervisor_gave_up_on(queue, site, monkeypatch):
     dead = {"group": "ops", "name": "ops", "state": "FATAL", "pid": 0, "uptime_seconds": 0}
     monkeypatch.setattr(supervisor, "known_processes", lambda: [dead])
