@@ -7015,10 +7015,26 @@ class Files(SQLiteCase):
         with open_queue(path) as queue, self.assertRaisesRegex(QueueError, "cannot compact .*move the queue to a new"):
             queue.compact()
 
+    def test_log_is_cut_when_no_reader_needs_more(self):
+        with mock.patch("pqueue_sqlite.WAL_BYTES", 100_000):
+            queue = self.open()
+            queue.enqueue_many("t", ["x" * 1000] * 500)
+        self.assertGreater(queue.check()["wal_bytes"], 500_000)
+        queue.compact()
+        queue.enqueue("t")
+        self.assertLessEqual(queue.check()["wal_bytes"], 100_000)
+
     def test_check_names_each_problem(self):
         queue = self.open()
         facts = queue.check()
         self.assertEqual((facts["journal_mode"], facts["durability"], facts["problems"]), ("wal", "full", []))
+        queue.enqueue_many("t", range(1000))
+        queue.delete_jobs()
+        queue.close()
+        queue = self.open()
+        facts = queue.check()
+        self.assertEqual(facts["used_bytes"] + facts["free_bytes"], facts["file_bytes"])
+        self.assertGreater(facts["free_bytes"], 0)
         with self.sqlite() as db:
             db.execute("PRAGMA user_version = 0")
         self.assertEqual(queue.check()["problems"], ["expected schema_version 1, got 0"])
@@ -7282,6 +7298,21 @@ class Replaced(SQLiteCase):
         with mock.patch("sqlite3.connect", late), self.assertRaisesRegex(QueueError, "unable to open database file"):
             self.open(create=False)
         self.assertFalse(self.path.exists())
+
+    def test_queue_that_is_replaced_while_a_thread_connects_leaves_the_replacement_alone(self):
+        queue, other = self.open(), self.folder / "other.db"
+        pqueue.PersistentQSQLite(other).close()
+        replacement = other.read_bytes()
+        connect = queue._new_session
+
+        def late():
+            other.replace(self.path)
+            return connect()
+
+        with mock.patch.object(queue, "_new_session", late), self.assertRaises(pqueue.DatabaseReplaced):
+            queue.stats()
+        queue.close()
+        self.assertEqual(self.path.read_bytes(), replacement)
 
     def assert_locks_kept(self, queue, act):
         """No job that was acknowledged to either process is lost, or given an id twice."""
