@@ -100,6 +100,7 @@ MANY_COMPLETIONS = 32  # in one commit: counting them later would cost more
 COMPACTED_PAGES = 50  # moved in one transaction of `compact`
 LEAST_FREE_BYTES = 268_435_456  # `check` warns below this much free disk space
 
+SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 37)  # STRICT tables
 GROUPED = "SELECT 1 FROM queues WHERE grouped = 1 LIMIT 1"
 MISCOUNTED = """
@@ -1087,6 +1088,10 @@ class PersistentQSQLite(PersistentQInterface):
             expected["quick_check"] = "ok"
         if not self.is_read_only:
             expected["journal_mode"] = "wal"
+        if thorough and not self.is_read_only:
+            expected["synchronous"] = self.durability
+            with self._transaction() as session:
+                facts["synchronous"] = SYNCHRONOUS[session.run("PRAGMA synchronous")[0][0]]
         for pragma in [name for name in expected if name not in facts]:
             facts[pragma] = self._read(f"PRAGMA {pragma}")[0][0]
         facts["file_system"] = file_system(self.path.parent)

@@ -7038,6 +7038,11 @@ class Files(SQLiteCase):
         with self.sqlite() as db:
             db.execute("PRAGMA user_version = 0")
         self.assertEqual(queue.check()["problems"], ["expected schema_version 1, got 0"])
+        with self.sqlite() as db:
+            db.execute("PRAGMA user_version = 1")
+        with mock.patch.object(queue, "durability", "normal"):
+            queue._session()._synchronous = "NORMAL"  # the setting of the connection is FULL
+            self.assertEqual(queue.check()["problems"], ["expected synchronous normal, got full"])
 
     def test_check_reports_problems_of_the_location(self):
         queue = self.open()
