@@ -444,7 +444,7 @@ def _overview(queue: PersistentQInterface) -> dict[str, Any]:
 
 def _hour(queue: PersistentQInterface) -> dict[str, list[Any]]:
     starts = _starts(60)
-    found = queue.outcomes(starts[0], step_seconds=60)
+    found = queue.outcomes(starts[0], report.now_shown(), step_seconds=60)
     return {"minutes": _series(found, starts), "found": found, "queues": _rows(found, starts, by_task=False)}
 
 
@@ -478,8 +478,8 @@ class _Days:
             until = _starts(step)[-2]  # a long transaction may still add to the period before the current one
             self._past = queue.outcomes(since, until, step_seconds=step)
             self._source, self._read_at, self._until = queue, now, until
-        found = [each for each in self._past if each.at >= since]
-        found += queue.outcomes(max(since, self._until), step_seconds=step)
+        found = [*self._past, *queue.outcomes(max(since, self._until), step_seconds=step)]
+        found = [each for each in found if since <= each.at <= now]
         return {
             **{name: _series(found, _starts(each)) for name, each in DAYS.items()},
             "tasks": _rows(found, _starts(step), by_task=True),

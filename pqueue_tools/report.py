@@ -293,11 +293,11 @@ def _failing_tasks(queue: PersistentQInterface, stats: dict[str, Any], now: floa
     and failed each time."""
     expected = queue.expectations()
     reported = set()
-    for each in queue.outcomes(now - FAILED_SECONDS):
+    for each in queue.outcomes(now - FAILED_SECONDS, now):
         if each.failed + each.retried > FEW_FAILED and each.failed_share > _expected_share(expected, each):
             reported.add((each.queue, each.task))
             yield _failing_task(each, "critical" if each.failed_share > NEARLY_ALL else "warning", FAILED_SECONDS)
-    for each in queue.outcomes(now - DAY_SECONDS) if stats["states"]["failed"] else ():
+    for each in queue.outcomes(now - DAY_SECONDS, now) if stats["states"]["failed"] else ():
         is_new = (each.queue, each.task) not in reported and _expected_share(expected, each) < 1
         has_run = each.wait.number + each.died + each.expired > 0  # or an operator decided that it failed
         # Not once its failed jobs are deleted or resubmitted.
@@ -388,7 +388,7 @@ def _retention_findings(
 ) -> Iterator[Finding]:
     """Report many jobs that are kept for ever, and jobs that consumers should have deleted."""
     added: Counter[tuple[str, str]] = Counter()
-    for outcomes in queue.outcomes(now - 3600):
+    for outcomes in queue.outcomes(now - 3600, now):
         added.update({(outcomes.queue, state): getattr(outcomes, state) for state in pqueue.FINISHED})
     for each in queue.retention(within_seconds=60, now=now):
         name, state, at = each["queue"], each["state"], each["deleted_at"]
@@ -459,7 +459,7 @@ def recent(queue: PersistentQInterface, now: float) -> Outcomes:
 
 def recent_minutes(queue: PersistentQInterface, now: float) -> list[Outcomes]:
     """Return what happened in the last full minute and in the current one, to the jobs of each queue and task."""
-    return queue.outcomes(minute(now - 60), step_seconds=60)
+    return queue.outcomes(minute(now - 60), now, step_seconds=60)
 
 
 def per_minute(found: list[Outcomes]) -> dict[str, int]:
@@ -489,7 +489,7 @@ def outcome_rows(queue: PersistentQInterface, since: float | None, by: str) -> l
     """Return what happened to the jobs of each queue or task since a time (None: ever), those that failed most often
     first."""
     groups: dict[tuple[str, str], list[Outcomes]] = {}
-    for each in queue.outcomes(since):
+    for each in queue.outcomes(since, None if since is None else now_shown()):
         groups.setdefault((each.queue, each.task if by == "task" else ""), []).append(each)
     minutes = None if since is None else max(1.0, (now_shown() - minute(since)) / 60)
     return [
@@ -567,7 +567,7 @@ def _why_processing(queue: PersistentQInterface, job: Job, now: float) -> str:
     if expires < now:
         return f"its lease, held by {job.consumer}, ran out {ago(expires, now)}; any live consumer takes it back"
     return (
-        f"it has been running on {job.consumer} for {span(now - (job.started_at or now))}; "
+        f"it has been running on {job.consumer} for {span(max(0.0, now - (job.started_at or now)))}; "
         f"its lease expires {ago(expires, now)} and is extended while it runs"
     )
 

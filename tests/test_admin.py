@@ -1000,6 +1000,19 @@ def test_operator_sees_when_a_job_expires_and_that_it_did(queue, run):
     assert queue.schedules()[0].expire_seconds == 300
 
 
+def test_figures_leave_out_what_is_yet_to_come_since_a_clock_was_set_back(queue, run):
+    then = time.time() + 7200
+    for _ in range(12):
+        queue.enqueue("t", now=then)
+        queue.fail(queue.dequeue("w", now=then), "E", retry=False, now=then)
+    assert "attempts failed" not in run("doctor")[1]
+    assert "per minute: 0 enqueued, 0 completed, 0 failed" in run("monitor", "--once")[1]
+    assert run("stats", "--by", "task", "--since", "1h")[1] == ""
+    queue.enqueue("t", now=then)
+    queue.dequeue("w", now=then)
+    assert "running on w for 0.0 s;" in run("why", "13")[1]
+
+
 def test_doctor_finds_a_schedule_that_waits_because_a_clock_was_set_back(queue, run):
     now = time.time()
     for name, times in (("tick", {"every_seconds": 30}), ("daily", {"cron": "@daily"}), ("gone", {"cron": "@daily"})):
