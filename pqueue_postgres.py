@@ -851,6 +851,15 @@ FROM pg_trigger WHERE tgrelid = '{SCHEMA}.jobs'::regclass AND tgenabled NOT IN (
     AND (tgname LIKE 'group%'
     OR tgname LIKE 'pending%' AND EXISTS (SELECT 1 FROM queues WHERE max_pending IS NOT NULL))"""
 
+# Return our functions whose owners, with whose rights they run, may not write the tables.
+BAD_OWNERS = f"""
+SELECT DISTINCT format('function %s belongs to %s, which lacks a right on the tables: run ALTER FUNCTION %s OWNER TO '
+    '%s', p.oid::regprocedure, proowner::regrole, p.oid::regprocedure, relowner::regrole)
+FROM pg_proc p JOIN pg_class c ON relnamespace = pronamespace
+    AND relname IN ('queues', 'pending_counts', 'pending_changes', 'group_events')
+WHERE pronamespace = '{SCHEMA}'::regnamespace AND prosecdef AND NOT (
+    has_schema_privilege(proowner, pronamespace, 'USAGE') AND has_table_privilege(proowner, c.oid, 'UPDATE'))"""
+
 # Return what hides rows, or lets statements do something else.
 HIDDEN_ROWS = f"""
 SELECT format('row-level security is on for table %s: it hides rows from all roles but the owner, without an error; '
@@ -962,6 +971,7 @@ HEALTH = (
     NO_AUTOVACUUM,
     NOT_LOGGED,
     HIDDEN_ROWS,
+    BAD_OWNERS,
     DEAD_ROWS,
     BAD_INDEXES,
     BAD_TRIGGERS,

@@ -14,6 +14,7 @@ import errno
 import logging
 import math
 import os
+import re
 import secrets
 import sqlite3
 import threading
@@ -661,7 +662,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             return failure
         if state == "42501":
             return QueueError(
-                f"cannot {'use' if self._is_open else 'open'} {self.name}: {text}{self._lacks(text, session)}"
+                f"cannot {'use' if self._is_open else 'open'} {self.name}: {text}{self._lacks(original.diag, session)}"
             )
         if "pooling mode" in text:  # of PgBouncer
             return QueueError(f"cannot use {self.name}: expected pool_mode = transaction or session, got: {text}")
@@ -682,18 +683,23 @@ class OnPostgres(PersistentQSQLAlchemy):
                 return "default_transaction_read_only is on, for the role, the database or the server"
         return "its transactions are read-only"
 
-    def _lacks(self, text: str, session: PostgresSession | None) -> str:
+    def _lacks(self, diag: psycopg.errors.Diagnostic, session: PostgresSession | None) -> str:
         """Return, as the end of a sentence, which right is missing."""
-        kind, _, name = text.removeprefix("permission denied for ").partition(" ")
+        kind, _, name = (diag.message_primary or "").removeprefix("permission denied for ").partition(" ")
         rights = {"table": "SELECT, INSERT, UPDATE, DELETE", "schema": "USAGE, CREATE", "database": "CREATE"}
+        rights["function"] = "EXECUTE"
         if kind not in rights:
             return ""
-        shown = name if kind != "table" else f"{self.schema}.{name}"
+        is_ours = kind in ("table", "function")
+        shown = f"{self.schema}.{name}" if is_ours else name
+        if function := re.search(r"function \S*\b(note_group|note_pending|count_pending)\(", diag.context or ""):
+            return f": the owner of function {function[1]} lacks a right on {kind} {shown}"
         missing = []
         with suppress(QueueError):
             for right in rights[kind].split(", "):
-                sql = f"SELECT has_{kind}_privilege(%s, %s), quote_ident(current_user)"
-                has, role = self._ask(sql, f'"{self.schema}".{name}' if kind == "table" else name, right)
+                what = "%s::regproc" if kind == "function" else "%s"
+                sql = f"SELECT has_{kind}_privilege({what}, %s), quote_ident(current_user)"
+                has, role = self._ask(sql, f'"{self.schema}".{name}' if is_ours else name, right)
                 missing += [] if has else [right]
             if session and session.for_application and (not missing or isinstance(session, Joined)):  # after SET ROLE
                 return f": the role of this transaction lacks a right on {kind} {shown}"

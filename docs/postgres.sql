@@ -1807,6 +1807,15 @@ FROM pg_trigger WHERE tgrelid = 'pqueue.jobs'::regclass AND tgenabled NOT IN ('A
     AND (tgname LIKE 'group%'
     OR tgname LIKE 'pending%' AND EXISTS (SELECT 1 FROM pqueue.queues WHERE max_pending IS NOT NULL));
 
+-- BAD_OWNERS
+-- Return our functions whose owners, with whose rights they run, may not write the tables.
+SELECT DISTINCT format('function %s belongs to %s, which lacks a right on the tables: run ALTER FUNCTION %s OWNER TO '
+    '%s', p.oid::regprocedure, proowner::regrole, p.oid::regprocedure, relowner::regrole)
+FROM pg_proc p JOIN pg_class c ON relnamespace = pronamespace
+    AND relname IN ('queues', 'pending_counts', 'pending_changes', 'group_events')
+WHERE pronamespace = 'pqueue'::regnamespace AND prosecdef AND NOT (
+    has_schema_privilege(proowner, pronamespace, 'USAGE') AND has_table_privilege(proowner, c.oid, 'UPDATE'));
+
 -- HIDDEN_ROWS
 -- Return what hides rows, or lets statements do something else.
 SELECT format('row-level security is on for table %s: it hides rows from all roles but the owner, without an error; '
