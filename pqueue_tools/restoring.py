@@ -151,7 +151,8 @@ def _users(path: Path) -> str:
         with suppress(OSError):
             if os.readlink(link) == str(path) and link.parts[2] != str(os.getpid()):
                 pid = _parent_of_same_program(link.parts[2])
-                words = _command(pid).split(b"\0")[:2]  # others may contain a password
+                words = _command(pid).split(b"\0")
+                words = words[: 3 if words[1:2] == [b"-m"] else 2]  # others may contain a password
                 found.add(" ".join([*(Path(os.fsdecode(word)).name for word in words), f"(pid {pid})"]))
     return ", ".join(sorted(found))
 

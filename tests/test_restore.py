@@ -147,6 +147,18 @@ def test_operator_cannot_restore_while_a_program_has_the_database_open(path, bac
     assert payloads(path) == NEW
 
 
+def test_operator_is_told_which_module_has_the_database_open(path, backup, tmp_path, monkeypatch):
+    (tmp_path / "reader.py").write_text(READER)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
+    child = subprocess.Popen([sys.executable, "-m", "reader", path, "secret"], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout.readline() == b"ready\n"
+        with pytest.raises(QueueError, match=rf"python\S* -m reader \(pid {child.pid}\) has it open"):
+            restoring.restore(backup, path)
+    finally:
+        kill(child)
+
+
 def test_operator_cannot_restore_while_a_consumer_waits(place, path, backup):
     child = place.start("consumer.py", "--name", "anna")
     wait_until(lambda: "started" in child.out.read_text())
