@@ -102,7 +102,7 @@ def _verdict(seen: dict[str, Any], width: int, in_colour: bool) -> list[str]:
     at = f"{datetime.fromtimestamp(seen['at']):%Y-%m-%d %H:%M:%S}"
     number = len(problems(seen["findings"]))
     head = count(number, "problem") if number else "no problems"
-    lines = [fitting([head if "stats" in seen else "no queue", at, "pqueue monitor"], width)]
+    lines = [fitting([head if "stats" in seen else "queue not available", at, "pqueue monitor"], width)]
     for line in verdict(seen["findings"]) if seen["findings"] else ():
         severity, *rest = re.split("(?=:)", "\n".join(wrapped(printable(line), width)), maxsplit=1)
         lines += "".join([painted(severity, severity) if in_colour else severity, *rest]).split("\n")

@@ -1253,7 +1253,7 @@ def test_monitor_reports_a_missing_database_and_recovers(folder, run):
     code, out, _ = run("monitor", "--once")
     assert code == 1
     assert "supervisord is not running here" in out
-    assert out.startswith("no queue ")
+    assert out.startswith("queue not available ")
     assert "warning: no queue at" in out
     queue = pqueue.open_queue()
     populate(queue)
