@@ -791,11 +791,11 @@ FROM queues WHERE max_pending IS NOT NULL""",
 
 # Return the queues whose count is wrong.
 MISCOUNTED = f"""
-SELECT * FROM (
-    SELECT queue, {PENDING_NOW} AS counted,
-        (SELECT count(*) FROM jobs WHERE jobs.queue = c.queue AND {IS_PENDING}) AS found
-    FROM pending_counts c) both_ways
-WHERE counted <> found"""
+SELECT name, coalesce(CAST(counted AS text), 'none'), found FROM (
+    SELECT name, {PENDING_UNLOCKED} AS counted,
+        (SELECT count(*) FROM jobs WHERE queue = name AND {IS_PENDING}) AS found
+    FROM queues WHERE max_pending IS NOT NULL) both_ways
+WHERE counted IS DISTINCT FROM found"""
 
 # Return a row if the triggers that count pending jobs exist.
 IS_COUNTED = f"SELECT 1 FROM pg_trigger WHERE tgrelid = '{SCHEMA}.jobs'::regclass AND tgname = 'pending_insert'"
@@ -1001,7 +1001,7 @@ WHERE NOT EXISTS (SELECT 1 FROM pg_constraint WHERE conindid = indexrelid)
 UNION ALL SELECT 'trigger', name, tgname::text, pg_get_triggerdef(g.oid)
 FROM tables t JOIN pg_trigger g ON tgrelid = t.oid
 UNION ALL SELECT 'function', '', proname::text,
-    concat_ws(' ', CASE WHEN prosecdef THEN 'SECURITY DEFINER' END, array_to_string(proconfig, ' '), prosrc)
+    concat_ws(' ', provolatile, CASE WHEN prosecdef THEN 'DEFINER' END, array_to_string(proconfig, ' '), prosrc)
 FROM pg_proc WHERE pronamespace = (SELECT id FROM place)"""
 
 TEMPORARY = "pg_temp"

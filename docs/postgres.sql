@@ -1760,11 +1760,11 @@ SELECT EXTRACT(EPOCH FROM clock_timestamp() - greatest(pg_postmaster_start_time(
 
 -- MISCOUNTED
 -- Return the queues whose count is wrong.
-SELECT * FROM (
-    SELECT queue, pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) AS counted,
-        (SELECT count(*) FROM pqueue.jobs WHERE jobs.queue = c.queue AND state = 'pending' AND assigned_to IS NULL) AS found
-    FROM pqueue.pending_counts c) both_ways
-WHERE counted <> found;
+SELECT name, coalesce(CAST(counted AS text), 'none'), found FROM (
+    SELECT name, (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) AS counted,
+        (SELECT count(*) FROM pqueue.jobs WHERE queue = name AND state = 'pending' AND assigned_to IS NULL) AS found
+    FROM pqueue.queues WHERE max_pending IS NOT NULL) both_ways
+WHERE counted IS DISTINCT FROM found;
 
 -- IS_COUNTED
 -- Return a row if the triggers that count pending jobs exist.
@@ -1938,7 +1938,7 @@ WHERE NOT EXISTS (SELECT 1 FROM pg_constraint WHERE conindid = indexrelid)
 UNION ALL SELECT 'trigger', name, tgname::text, pg_get_triggerdef(g.oid)
 FROM tables t JOIN pg_trigger g ON tgrelid = t.oid
 UNION ALL SELECT 'function', '', proname::text,
-    concat_ws(' ', CASE WHEN prosecdef THEN 'SECURITY DEFINER' END, array_to_string(proconfig, ' '), prosrc)
+    concat_ws(' ', provolatile, CASE WHEN prosecdef THEN 'DEFINER' END, array_to_string(proconfig, ' '), prosrc)
 FROM pg_proc WHERE pronamespace = (SELECT id FROM place);
 
 -- claim_alone(1)

@@ -1836,14 +1836,18 @@ def test_operator_who_limits_queues_in_a_transaction_stops_no_reader(database):
             assert reader.count_jobs() == 0
 
 
-def test_operator_sees_a_wrong_count_and_how_to_correct_it(database):
+@pytest.mark.parametrize(
+    ("damage", "counted"),
+    [("UPDATE pqueue.pending_counts SET pending = 8", "8"), ("DELETE FROM pqueue.pending_counts", "none")],
+)
+def test_operator_sees_a_wrong_count_and_how_to_correct_it(database, damage, counted):
     with closing(PersistentQSQLAlchemy(database)) as queue:
         queue.limit("default", 9)
         queue.enqueue("t")
         with queue.transaction() as db:
-            db.exec_driver_sql("UPDATE pqueue.pending_counts SET pending = 8")
+            db.exec_driver_sql(damage)
         assert queue.check()["problems"] == [
-            "expected 1 pending jobs of queue 'default', counted 8: set its limit again"
+            f"expected 1 pending jobs of queue 'default', counted {counted}: set its limit again"
         ]
         queue.limit("default", 9)
         assert queue.check()["problems"] == []

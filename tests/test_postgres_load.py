@@ -544,6 +544,7 @@ DRIFT = [
     ),
     ("DROP TRIGGER pending_insert ON pqueue.jobs", "trigger pending_insert of table jobs is missing"),
     ("ALTER FUNCTION pqueue.note_group SECURITY INVOKER", "function note_group was changed: replace it by what docs"),
+    ("ALTER FUNCTION pqueue.count_pending STABLE", "function count_pending was changed"),
     (
         "CREATE OR REPLACE FUNCTION pqueue.count_pending(which text) RETURNS bigint LANGUAGE sql AS 'SELECT 0'",
         "function count_pending was changed",
