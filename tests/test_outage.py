@@ -11,11 +11,15 @@ from contextlib import closing
 from datetime import datetime
 from unittest import mock
 
+import psycopg
 import pytest
+from conftest import ROOT
 from postgres_server import Server
 
 import pqueue
 import pqueue_listener
+from pqueue import QueueFull
+from pqueue_postgres import TABLES
 from test_pqueue import PATIENCE_SECONDS, wait_until
 
 
@@ -101,6 +105,48 @@ def test_standby_takes_over_and_every_acknowledged_job_is_there(place, primary, 
     gap = max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
     with capsys.disabled():
         print(f"\nno job could be enqueued for {gap:.1f} s while the standby took over; {len(times)} jobs, none lost")
+
+
+def test_subscriber_takes_over_after_the_statements_that_doctor_names(primary):
+    (disable,) = re.findall("`(ALTER .* DISABLE TRIGGER USER)`", (ROOT / "docs" / "postgres.md").read_text())
+    primary.start(wal_level="logical")
+    primary.ask("CREATE DATABASE copy")
+    new_url = f"{primary.url.removesuffix('postgres')}copy"
+    with closing(pqueue.open_queue(new_url)) as new:
+        new.limit("default", 100)
+    with closing(pqueue.open_queue(primary.url)) as old, psycopg.connect(new_url, autocommit=True) as copy:
+
+        def replicate(sql):
+            copy.execute(sql)
+            wait_until(lambda: not copy.execute("SELECT FROM pg_subscription_rel WHERE srsubstate <> 'r'").fetchall())
+
+        # as pg_dump -s copies it
+        copy.execute(f"TRUNCATE {', '.join('pqueue.' + name for name in TABLES)} RESTART IDENTITY; {disable}")
+        old.enqueue_many("t", range(60), group="a")
+        old.limit("default", 100, running=1)
+        # The counts are copied before the jobs, as it is when there are many of these.
+        primary.ask("CREATE PUBLICATION everything FOR TABLE pqueue.pending_counts")
+        primary.ask("SELECT pg_create_logical_replication_slot('everything', 'pgoutput')")
+        place = f"host={primary.address} port={primary.port} user=postgres dbname=postgres"
+        replicate(
+            f"CREATE SUBSCRIPTION everything CONNECTION '{place}' PUBLICATION everything WITH (create_slot = false)"
+        )
+        primary.ask("ALTER PUBLICATION everything ADD TABLES IN SCHEMA pqueue")
+        replicate("ALTER SUBSCRIPTION everything REFRESH PUBLICATION")
+        old.complete(old.dequeue("w"))
+        old.enqueue("t", group="b")
+        end = primary.ask("SELECT pg_current_wal_lsn()")
+        wait_until(lambda: primary.ask(f"SELECT bool_and(replay_lsn >= '{end}') FROM pg_stat_replication"))
+        copy.execute("DROP SUBSCRIPTION everything")
+        with closing(pqueue.open_queue(new_url)) as new:
+            for problem in new.check()["problems"]:
+                copy.execute(problem.partition("run ")[2])
+            assert new.check()["problems"] == []
+            assert new.stats()["states"]["pending"] == 60
+            new.enqueue_many("t", range(40), group="b")
+            with pytest.raises(QueueFull):
+                new.enqueue("t")
+            assert {new.dequeue("w").group for _ in range(2)} == {"a", "b"}
 
 
 def test_server_that_is_slow_to_pass_on_a_notify_is_not_taken_for_a_pooler(primary):
