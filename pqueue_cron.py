@@ -196,7 +196,7 @@ def time_zone(name: str) -> tzinfo:
     from zoneinfo import ZoneInfo
 
     try:
-        return ZoneInfo(str(name))
+        return ZoneInfo(name if isinstance(name, str) else "")
     except (LookupError, ValueError, OSError, TypeError):
         raise ValueError(f"expected the name of a time zone, such as 'Europe/Berlin', got {short(name)}") from None
 

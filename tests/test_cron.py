@@ -128,7 +128,7 @@ def test_expression_that_is_not_valid_is_refused(expression, reason):
         Cron(expression)
 
 
-@pytest.mark.parametrize("zone", ["Europe/Atlantis", "", "../etc/passwd", None, 1])
+@pytest.mark.parametrize("zone", ["Europe/Atlantis", "", "../etc/passwd", None, 1, ZoneInfo("UTC")])
 def test_zone_that_does_not_exist_is_refused(zone):
     with pytest.raises(ValueError, match="expected the name of a time zone"):
         Cron("@daily", zone)
