@@ -378,14 +378,15 @@ class Parameters(Fields):
         return lambda job: self._stored(run(job))
 
     def _stored(self, result: Any) -> Any:
-        """Return what is stored for a result; the result itself if it is not of the type that is annotated."""
-        with suppress(Misfit):
+        """Return what is stored for a result; the result itself if it is not of the type that is annotated, or cannot
+        be stored: the task has done its work, and must not fail."""
+        with suppress(Exception):
             return self._result.encode(result)
         return result
 
     def restored(self, result: Any) -> Any:
         """Return a stored result as the type that the function is annotated to return, if it fits."""
-        with suppress(Misfit):
+        with suppress(Exception):
             return self._result.decode(result)
         return result
 

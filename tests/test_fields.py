@@ -91,6 +91,12 @@ class Derived:
     double: int = field(init=False, default=0)
 
 
+@dataclass
+class Photo:
+    name: str
+    data: bytes = b""
+
+
 @pytest.fixture(autouse=True)
 def no_tasks():
     with mock.patch.dict(pqueue.TASKS, clear=True):
@@ -570,11 +576,46 @@ def test_result_is_json_where_the_task_is_unknown(queue):
 
 @pytest.mark.parametrize(
     ("annotation", "value"),
-    [(date, "soon"), (list[Point], [1]), ("Missing", 5), (bytes, "b"), (Color, None), (UUID, 7), (int, "5")],
+    [
+        (date, "soon"),
+        (list[Point], [1]),
+        ("Missing", 5),
+        (bytes, "b"),
+        (Color, None),
+        (UUID, 7),
+        (int, "5"),
+        (Photo, {}),
+    ],
     ids=str,
 )
 def test_result_that_is_not_as_annotated_is_stored_as_it_is(queue, annotation, value):
     assert done(queue, returning(annotation, value)) == (value, value)
+
+
+def test_consumer_does_not_repeat_a_task_whose_result_cannot_be_stored(place):
+    place.write(
+        "typed.py",
+        """from dataclasses import dataclass
+
+from pqueue import task
+
+
+@dataclass
+class Photo:
+    data: bytes
+
+
+@task
+def load() -> Photo:
+    return Photo(b"")
+""",
+    )
+    queue = place.queue()
+    job_id = queue.enqueue("load")
+    place.run("consumer.py", "--import", "typed", "--drain")
+    job = queue.get(job_id)
+    assert (job.state, job.attempts) == ("failed", 1)
+    assert job.error.startswith("expected a result that JSON can hold, got Photo")
 
 
 def test_result_without_annotation_is_not_converted(queue):
