@@ -46,7 +46,8 @@ class Codec(NamedTuple):
 
 def codec(hint: Any) -> Codec:
     """Return the conversions for an annotation. Raises TypeError if its values cannot be stored."""
-    hint = getattr(hint, "__supertype__", hint)  # of a NewType
+    while hasattr(hint, "__supertype__"):  # of a NewType
+        hint = hint.__supertype__
     origin, args = get_origin(hint), get_args(hint)
     if hint in (Any, object, inspect.Parameter.empty):
         return ANYTHING
@@ -274,11 +275,12 @@ def _fields_of(kind: Any) -> Fields:
     except Exception as error:
         raise TypeError(f"cannot store {kind.__name__}: {error}") from None
     if is_typeddict(kind):
-        return Fields({name: codec(hint) for name, hint in hints.items()}, kind.__required_keys__)
+        return Fields(_codecs("field", kind.__name__, hints), kind.__required_keys__)
     parameters = inspect.signature(kind).parameters
     if set(parameters) != {each.name for each in dataclasses.fields(kind)}:
         raise TypeError(f"cannot store {kind.__name__}: the parameters of its constructor are not its fields")
-    return Fields({name: codec(hints[name]) for name in parameters}, _required(parameters.values()))
+    codecs = _codecs("field", kind.__name__, {name: hints[name] for name in parameters})
+    return Fields(codecs, _required(parameters.values()))
 
 
 def _required(parameters: Iterable[inspect.Parameter]) -> Iterable[str]:
@@ -335,7 +337,8 @@ class Parameters(Fields):
         parameters = [_resolved(name, each, _namespace(function)) for each in signature(function).parameters.values()]
         self._jobs = [each for each in parameters if each.annotation is Job]
         fields = [each for each in parameters if each.annotation is not Job]
-        super().__init__({each.name: _codec_of(name, each) for each in fields}, _required(fields))
+        codecs = _codecs("parameter", f"task {name!r}", {each.name: each.annotation for each in fields})
+        super().__init__(codecs, _required(fields))
         self._signature = inspect.Signature(fields)
         self._positional = [each.name for each in fields if each.kind is not each.KEYWORD_ONLY]
         self._without_names = [each for each in parameters if each.kind is POSITIONAL_ONLY]
@@ -458,11 +461,14 @@ def _is_json(hint: Any) -> bool:
     return hint in (Any, NoneType, bool, int, float, str, list, dict)
 
 
-def _codec_of(task: str, parameter: inspect.Parameter) -> Codec:
-    try:
-        return codec(parameter.annotation)
-    except TypeError as error:
-        raise TypeError(f"parameter {parameter.name} of task {task!r}: {error}") from None
+def _codecs(what: str, of: str, hints: dict[str, Any]) -> dict[str, Codec]:
+    codecs = {}
+    for name, hint in hints.items():
+        try:
+            codecs[name] = codec(hint)
+        except TypeError as error:
+            raise TypeError(f"{what} {name} of {of}: {error}") from None
+    return codecs
 
 
 def _namespace(function: Any) -> dict[str, Any]:

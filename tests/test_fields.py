@@ -25,6 +25,7 @@ from pqueue import DoNotRetry, Job, open_queue, run_task, task
 
 BERLIN = timezone(timedelta(hours=2))
 UserId = NewType("UserId", int)
+AdminId = NewType("AdminId", UserId)
 
 
 class Color(Enum):
@@ -97,6 +98,15 @@ class Photo:
     data: bytes = b""
 
 
+@dataclass
+class Album:
+    photos: list[Photo]
+
+
+class Shown(TypedDict):
+    photo: bytes
+
+
 @pytest.fixture(autouse=True)
 def no_tasks():
     with mock.patch.dict(pqueue.TASKS, clear=True):
@@ -160,6 +170,7 @@ STORED = [
     (Literal[Shape.LINE, None], Shape.LINE, "LINE"),
     (Literal[Text.A], Text.A, "a"),
     (UserId, 7, 7),
+    (AdminId, 7, 7),
     (Annotated[date, "of birth"], date(1815, 12, 10), "1815-12-10"),
     (Point, Point(1), {"x": 1, "y": 0}),
     (
@@ -518,6 +529,20 @@ def test_annotation_that_cannot_be_stored_is_named_when_it_is_first_used(queue, 
         ) as caught:
             entry.on(queue).enqueue(Derived(1))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "where"),
+    [
+        (Photo, Photo("a"), "field data of Photo"),
+        (Album, Album([Photo("a")]), "field data of Photo"),
+        (Shown, {"photo": b""}, "field photo of Shown"),
+    ],
+    ids=str,
+)
+def test_field_that_cannot_be_stored_is_named(passed, annotation, value, where):
+    with pytest.raises(TypeError, match=f"^{where}: cannot store bytes; expected"):
+        passed(annotation, value)
 
 
 def test_annotations_are_read_at_the_first_call(queue):
