@@ -774,12 +774,11 @@ class PersistentQSQLite(PersistentQInterface):
     # Implementation of Backend
 
     def _session(self) -> SQLiteSession:
-        try:
-            session: SQLiteSession = self._local.session
-        except AttributeError:
+        session: SQLiteSession | None = getattr(self._local, "session", None)
+        if session is None:
             with _opening_lock:
                 if self._closed:  # looked at under the lock: `close` closes the sessions that exist afterwards
-                    raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
+                    raise QueueError(f"cannot use {self.path}: this queue object is closed")
                 for other in self._sessions:  # they may have replaced files open
                     # guard: a new connection opens the same files as the others
                     if other.is_open:  # that of a thread which is ending is still listed

@@ -7468,6 +7468,7 @@ class Replaced(SQLiteCase):
                 thread.start()
                 thread.join()
                 self.assertIsInstance(errors[0], QueueError)
+                self.assertIsNone(errors[0].__context__)  # which a traceback would show first
                 with self.assertRaises(pqueue.DatabaseReplaced):  # it cannot release the job
                     queue.close()
 
@@ -7665,9 +7666,10 @@ def no_fifos(folder, names):
 
 
 def refusal(queue):
-    with suppress(QueueError):
+    try:
         return queue.enqueue("t")
-    return sys.exc_info()[1] or QueueError("refused")
+    except QueueError as error:
+        return error
 
 
 class Misuse(SQLiteCase):
