@@ -125,7 +125,7 @@ def _write_tsv(rows: Iterable[dict[str, Any]]) -> None:
 
 def _field(key: str, value: Any) -> str:
     shown = for_machines(key, value)
-    if isinstance(shown, (dict, list, bool)):
+    if isinstance(shown, (dict, list, tuple, bool)):
         return _encodable(json_text(shown))
     return "" if shown is None else printable(str(shown))
 

@@ -894,12 +894,17 @@ def short_span(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if 0 < seconds < 1 else span(seconds)
 
 
+def rate_text(rate: tuple[int, float]) -> str:
+    return f"{rate[0]:,} in {interval(rate[1])}"
+
+
 SHOWN: dict[str, Callable[[Any], str]] = {  # the ending of the name of a column, and how its values are shown
     **dict.fromkeys(("keep_seconds", "max_wait_seconds", "every_seconds", "expire_seconds"), interval),
     "_seconds": short_span,
     "_bytes": size,
     "_share": "{:.1%}".format,
     "by_hour": bars,
+    "rate": rate_text,
 }
 
 

@@ -240,7 +240,7 @@ def _limits(queue: dict[str, Any]) -> str:
     """Return what a queue accepts and runs at most: 100 pending, 5 running, 10 in 1 s."""
     found = [f"{queue[name]:,} {name[4:]}" for name in ("max_pending", "max_running") if queue[name] is not None]
     if queue["rate"]:
-        found.append(f"{queue['rate'][0]:,} in {interval(queue['rate'][1])}")
+        found.append(report.rate_text(queue["rate"]))
     return ", ".join(found)
 
 

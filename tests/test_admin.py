@@ -1000,6 +1000,14 @@ def test_operator_sees_when_a_job_expires_and_that_it_did(queue, run):
     assert queue.schedules()[0].expire_seconds == 300
 
 
+@pytest.mark.parametrize(
+    ("form", "shown"), [("wide", "2 in 10 s"), ("tsv", "[2, 10.0]"), ("json", '{"rate": [2, 10.0]}')]
+)
+def test_stats_show_the_rate_of_a_queue(queue, run, form, shown):
+    queue.limit("default", rate=(2, 10))
+    assert run("stats", "--columns", "rate", "-o", form)[1].splitlines()[-1] == shown
+
+
 def test_figures_leave_out_what_is_yet_to_come_since_a_clock_was_set_back(queue, run):
     then = time.time() + 7200
     for _ in range(12):
