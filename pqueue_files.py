@@ -50,8 +50,9 @@ class FileLocks:
 
     _open: ClassVar[dict[tuple[int, int], FileLocks]] = {}  # by device and inode of the database
 
-    def __init__(self, path: Path) -> None:
-        self._users = 0  # connections
+    def __init__(self, path: Path, key: tuple[int, int]) -> None:
+        self._key, self._users = key, 0  # connections
+        self.were_lost = False  # files, when this process was forked
         self._files: list[int] = []
         with ExitStack() as undo:
             for suffix in ("", "-shm"):
@@ -66,11 +67,18 @@ class FileLocks:
             return None
         cls.close_unused()
         key = identity(path)
-        locks = cls._open[key] = cls._open.get(key) or cls(path)
+        locks = cls._open[key] = cls._open.get(key) or cls(path, key)
         locks._users += 1
         # guard: locks survive a copy of the database
         locks._set(fcntl.F_RDLCK)
         return locks
+
+    def has_lost_files(self) -> bool:
+        """Return whether a descriptor of a connection was closed by other code: another file may have its number."""
+        with suppress(OSError):  # no descriptor is free to look
+            found = _count_open(self._key)
+            return found is not None and found <= self._users  # one for each connection, and that of the locks
+        return False
 
     def release(self) -> None:
         """Release the locks before a connection is closed: with the last one SQLite removes the log."""
@@ -95,7 +103,7 @@ class FileLocks:
             return kind != fcntl.F_UNLCK, os.pread(file, 96, 0), os.fstat(file).st_nlink
 
         try:
-            if _has_open(identity(index), ()):
+            if _count_open(identity(index)):
                 return False
             with closing_file(os.open(index, os.O_RDONLY | os.O_NOFOLLOW)) as file:
                 for _ in range(100):  # others may write to it meanwhile
@@ -129,7 +137,7 @@ class FileLocks:
         for key, locks in list(cls._open.items()):
             with suppress(OSError):  # no descriptor is free to look: keep them
                 # guard: locks of other connections are kept
-                if not locks._users and not _has_open(key, locks._files):
+                if not locks._users and not _count_open(key, locks._files):
                     locks.close()
                     del cls._open[key]
 
@@ -137,6 +145,7 @@ class FileLocks:
     def abandon(cls) -> None:
         """Close the locks in a forked child: they belong to the parent."""
         for locks in cls._open.values():
+            locks.were_lost = locks.has_lost_files()
             locks.close()
         cls._open.clear()
 
@@ -164,14 +173,16 @@ def status(path: str | os.PathLike[str], *, follow_symlinks: bool = True) -> os.
         return None
 
 
-def _has_open(identity: tuple[int, int], excluded: Sequence[int]) -> bool:
-    """Return whether this process has another descriptor of a file; False where /proc does not show it."""
-    with suppress(FileNotFoundError):
+def _count_open(identity: tuple[int, int], excluded: Sequence[int] = ()) -> int | None:
+    """Return how many other descriptors of a file this process has; None where /proc does not show it."""
+    found = 0
+    try:
         for number in map(int, os.listdir("/proc/self/fd")):
             with suppress(OSError):
-                if number not in excluded and os.fstat(number)[1:3] == identity:
-                    return True
-    return False
+                found += number not in excluded and os.fstat(number)[1:3] == identity
+    except FileNotFoundError:
+        return None
+    return found
 
 
 class DatabaseFiles:

@@ -402,6 +402,9 @@ class SQLiteSession(Session):
         """Close the connection. If its files were replaced, do not write its log back."""
         with _opening_lock:
             self.is_open = False
+            if self._has_lost_files():  # SQLite would take another one for the database, and delete a log in use
+                _never_closed.append(self.connection)
+                return
             locks, self._locks = self._locks, None
             try:
                 self.files.expect_in_place()
@@ -417,6 +420,12 @@ class SQLiteSession(Session):
                 self.connection.close()
             FileLocks.close_unused()
 
+    def _has_lost_files(self) -> bool:
+        try:
+            return self.connection.total_changes >= 0 and self._locks is not None and self._locks.has_lost_files()
+        except sqlite3.ProgrammingError:  # user code has closed it
+            return False
+
     def _expect_open(self) -> None:
         if self._closed:
             raise QueueError(f"cannot use {self._path}: this queue object is closed")
@@ -428,6 +437,8 @@ class SQLiteSession(Session):
         """
         if self.busy or self not in _held_for_fork or self.connection.in_transaction:
             _inherited_open.setdefault(self._path, []).append(self.connection)
+        elif self._locks and self._locks.were_lost:
+            _never_closed.append(self.connection)
         else:
             # guard: a child closes inherited connections
             self.connection.close()
@@ -458,6 +469,7 @@ class ClosedInFork:
         raise QueueError("cannot continue a transaction that was begun before the fork")
 
 
+_never_closed: list[sqlite3.Connection] = []  # whose descriptors other code has closed
 _inherited_open: dict[Path, list[Any]] = {}  # the parent's connections that were in a transaction
 _queues: weakref.WeakSet[PersistentQSQLite] = weakref.WeakSet()
 _opening_lock = threading.RLock()  # held while files and connections are opened, so that no thread forks then

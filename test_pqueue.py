@@ -7378,6 +7378,36 @@ class Replaced(SQLiteCase):
         self.open().close()  # which also closes the descriptors that were kept for that connection
 
     @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
+    def test_process_that_has_other_files_under_its_descriptors_deletes_no_log(self):
+        reuse = """
+import os, sqlite3
+q.enqueue("t")
+with sqlite3.connect(q.path) as db: db.execute("PRAGMA wal_checkpoint").fetchall()
+db.close()
+os.closerange(3, 60)
+kept = [open(q.path.parent / f"other-{n}", "w+b", buffering=0) for n in range(40)]
+"""
+        fork = "if (child := os.fork()): os.waitpid(child, 0)\nos._exit(0)"
+        queue = self.open()
+        for end in ("q.close()\nos._exit(0)", "del q\nos._exit(0)", fork):
+            with self.subTest(end):
+                self.other(reuse + end)
+                queue.enqueue("t")
+        self.assertEqual((queue.check()["problems"], queue.count_jobs()), ([], 6))
+
+    @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
+    def test_connection_that_user_code_has_closed_is_replaced_and_forgotten(self):
+        queue = self.open()
+        with suppress(QueueError), queue.transaction() as connection:
+            connection.close()
+        files = []
+        for _ in range(4):
+            queue.renew_connection()
+            queue.enqueue("t")
+            files.append(len(os.listdir("/proc/self/fd")))
+        self.assertEqual(files[1], files[3])  # SQLite keeps one until the second
+
+    @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_transaction_that_lost_its_lock_is_undone(self):
         queue = self.open()
         with self.assertRaisesRegex(QueueError, "cannot commit.*its lock was lost"), queue.transaction():
