@@ -185,7 +185,7 @@ class Job(_Job):
 
     @property
     def results(self) -> dict[int, Any]:
-        """The results of the completed jobs that this one runs after, by id. Each use reads them.
+        """The results of the completed jobs that this one runs after, as JSON values, by id. Each use reads them.
 
         Only for its own task, while that runs: elsewhere, it raises QueueError; see the queue's `dependencies`.
         """
