@@ -112,7 +112,7 @@ def _run(queue: PersistentQInterface, job: Job, now: float | None) -> BaseExcept
     result, error = None, None
     try:
         result = copy_context().run(run_task, queue, job, run_coroutine=_run_coroutine)
-    except Exception as caught:
+    except (Exception, SystemExit) as caught:
         error = caught
     raised = settle(queue, job, error, result, now=now)
     return None if isinstance(raised, Snooze) else raised

@@ -108,6 +108,16 @@ def test_drain_settles_a_failed_job_as_a_consumer_does(queue):
     assert "expected a result that JSON can hold" in stored.error
 
 
+def test_drain_fails_a_job_whose_task_exits(queue):
+    @task(max_attempts=1)
+    def leave():
+        sys.exit(3)
+
+    leave.enqueue()
+    (job,) = testing.drain(queue)
+    assert (job.state, job.error.splitlines()[0]) == ("failed", "SystemExit: 3")
+
+
 def test_failure_handler_of_a_task_runs_as_with_a_consumer(queue):
     seen = []
 
