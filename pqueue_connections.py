@@ -126,11 +126,16 @@ class ParsedURL(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The host, or the service, and the database, without the password; the schema, unless it is the default."""
+        """The hosts with their ports, or the service, and the database, without the password; the schema, unless it is
+        the default."""
         given = self.conninfo
         service = given.get("service") or os.environ.get("PGSERVICE")
-        host = given.get("host") or given.get("hostaddr") or os.environ.get("PGHOST")
-        host = host or (f"service {service}" if service else "localhost")
+        hosts = str(given.get("host") or given.get("hostaddr") or os.environ.get("PGHOST") or "").split(",")
+        ports = str(given.get("port") or os.environ.get("PGPORT") or "").split(",")
+        shown = ["" if port in ("", "5432") else f":{port}" for port in ports] * (len(hosts) if len(ports) == 1 else 1)
+        host = ",".join((name or "localhost") + port for name, port in zip(hosts, shown, strict=False))
+        if service and hosts == [""]:
+            host = f"service {service}"
         schema = "" if self.schema == DEFAULT_SCHEMA else f"?schema={self.schema}"
         return f"{host}/{given.get('dbname') or os.environ.get('PGDATABASE', '')}{schema}"
 
@@ -173,7 +178,7 @@ def _conninfo(scheme: str, rest: str) -> dict[str, Any]:
     # A / or ? in a password must be percent-encoded, or libpq ends the password there.
     cut = "@" in f"{parts.get('host')} {parts.get('dbname')}"
     known = scheme in ("postgresql", "postgresql+psycopg", "postgres")
-    if known and not cut and all(port.isdigit() for port in ports):
+    if known and not cut and all(port.isdigit() for port in filter(None, ports)):
         return dict(parts)
     raise ValueError("expected postgresql://USER@HOST:PORT/DATABASE, got another text (not shown: a password?)")
 

@@ -212,7 +212,7 @@ class PostgresFiles(PostgresCase):
     def test_wrong_url_is_reported_in_one_line_without_the_password(self):
         good = sqlalchemy.make_url(self.url)
         for url, message in [
-            ("postgresql://u:hunter2@127.0.0.1:1/none", "cannot reach 127.0.0.1/none"),
+            ("postgresql://u:hunter2@127.0.0.1:1/none", "cannot reach 127.0.0.1:1/none"),
             (good.set(database="nosuch").render_as_string(hide_password=False), "does not exist"),
             (good.set(username="nobody", password="hunter2").render_as_string(hide_password=False), "cannot open"),
         ]:
@@ -244,7 +244,7 @@ class PostgresFiles(PostgresCase):
         queue = pqueue.open_queue(f"postgresql://{login}?host=127.0.0.1,{host}&port=1,{port}")
         self.addCleanup(queue.close)
         queue.enqueue("t")
-        self.assertEqual(queue.name, f"127.0.0.1,{host}/{url.database}")
+        self.assertEqual(queue.name, f"127.0.0.1:1,{host}{'' if port == 5432 else f':{port}'}/{url.database}")
 
     def test_key_whose_job_is_cancelled_while_another_is_enqueued_with_it_is_free(self):
         queue, other = self.open(), self.open()

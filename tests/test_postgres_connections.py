@@ -829,6 +829,25 @@ def test_each_host_is_reported_with_its_answer_and_port(strict):
     )
 
 
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("one", "one/d"),
+        ("one:5432", "one/d"),
+        ("one:5433", "one:5433/d"),
+        ("one:54321", "one:54321/d"),
+        ("one,two", "one,two/d"),
+        ("one,two:5433", "one,two:5433/d"),
+        ("one:5433,two", "one:5433,two/d"),
+        ("", "localhost/d"),
+        ("%2Ftmp:5433", "/tmp:5433/d"),
+    ],
+)
+def test_queue_is_named_by_its_hosts_with_their_ports(place, name):
+    """So that two servers of one host differ: `move` compares these names."""
+    assert parse_url(f"postgresql://u@{place}/d").name == name
+
+
 def test_queue_of_a_service_is_named_by_it(tmp_path, database, monkeypatch):
     place = psycopg.conninfo.conninfo_to_dict(database)
     file = tmp_path / "services"
@@ -892,5 +911,7 @@ def test_program_that_waits_for_the_server_is_stopped_by_a_signal(place, program
 def test_command_gives_up_after_a_few_seconds_and_says_why(place, command):
     done = place.run(*command, PQUEUE_URL=f"postgresql://postgres@127.0.0.1:{free_port()}/postgres")
     assert done.returncode == 1, done
-    assert re.fullmatch(r"\S+: cannot reach 127.0.0.1/postgres: .*Connection refused\n", done.stderr), done.stderr
+    assert re.fullmatch(r"\S+: cannot reach 127.0.0.1:[0-9]+/postgres: .*Connection refused\n", done.stderr), (
+        done.stderr
+    )
     assert done.stdout == ""
