@@ -179,7 +179,8 @@ class Keeper:
             is_drained = outcome == fields.DRAINED and not self.leases.has_released_late
             if is_drained or outcome == fields.REFUSED or self._fields[fields.STOP]:
                 return outcome
-            if self._runs_before == self._count_runs() and time.monotonic() - began < RESTART_SECONDS and outcome == 0:
+            has_failed = outcome in (0, fields.BROKEN) and self._runs_before == self._count_runs()
+            if has_failed and time.monotonic() - began < RESTART_SECONDS:
                 time.sleep(RESTART_SECONDS)
 
     @contextmanager
@@ -546,12 +547,13 @@ class Keeper:
         until = time.monotonic() + self.options.lease_seconds
         with suppress(QueueError):
             retry_while_busy(self.leases.settle_taken, lambda s: _pause(s, until), consumer=self.name)
-        if outcome == fields.REFUSED or (not self._fields[fields.READY] and self._fields[fields.STOP]):
+        was_refused = outcome == fields.REFUSED and not left
+        if was_refused or (not self._fields[fields.READY] and self._fields[fields.STOP]):
             return outcome
         if not self._fields[fields.READY]:
             print_error("consumer", f"the worker {processes.end_text(self._status or 0)} while it imported the tasks")
             return fields.REFUSED
-        if outcome in (0, fields.BROKEN, fields.BROKEN_BY_ONE):
+        if outcome in (0, fields.REFUSED, fields.BROKEN, fields.BROKEN_BY_ONE):
             if outcome == 0 and (not left or self._stuck_as):
                 log("worker died", consumer=self.name, reason=self._stuck_as or processes.end_text(self._status or 0))
             with suppress(QueueError):

@@ -171,7 +171,7 @@ class Consumer:
             self._work()
             if self.drain and self.taken and self._has_leftovers():  # which may have hidden jobs
                 self._must_end = True
-        except (QueueError, OSError) as error:
+        except Exception as error:
             # guard: a task that makes the database unusable costs its process only
             self._expect_no_task_to_blame(error)
             raise
@@ -393,8 +393,8 @@ class Consumer:
             self._break_off()
         return True
 
-    def _expect_no_task_to_blame(self, error: QueueError | OSError) -> None:
-        """End the process if a task has left behind what may have made the database unusable in it."""
+    def _expect_no_task_to_blame(self, error: Exception) -> None:
+        """End the process if a task has left behind what may have caused this error."""
         if self.is_embedded or not self.taken or not self.state:
             return
         is_closed = isinstance(error, OSError)
@@ -407,7 +407,7 @@ class Consumer:
             results = self.record.results()
             for slot in self.record.slots:
                 if (run := slot.run()) and run.key not in results:
-                    why = f"WorkerDied: the task's process could not use the database: {error}"
+                    why = f"WorkerDied: the task's process could not continue: {error}"
                     self.record.add_error(*run.key, why)
             self._break_off()
 
@@ -619,6 +619,7 @@ def run_process(
         record.fields[fields.OUTCOME] = fields.REFUSED
     except BaseException:  # a signal handler of a task, for example
         traceback.print_exc()
+        record.fields[fields.OUTCOME] = fields.BROKEN
     finally:
         _exit(code)
 

@@ -889,6 +889,40 @@ def test_task_that_spoils_its_thread_or_the_event_loop_harms_no_other_job(tasks,
     assert child.wait(PATIENCE_SECONDS) == 0, child.out.read_text()
 
 
+SPOIL = """
+import os, threading, time
+from pqueue import current_job, task
+
+def note(): os.write(os.open("ran", os.O_WRONLY | os.O_APPEND | os.O_CREAT), b"%d\\n" % current_job().id)
+
+def refuse(*_): raise ValueError("no more threads")
+
+@task
+def spoil():
+    note()
+    threading.Thread.start = refuse
+    time.sleep(600)
+
+@task(max_attempts=1)
+def single(): note()
+"""
+
+
+def test_task_that_makes_its_consumer_fail_ends_its_process_only(tasks):
+    tasks.write("spoil.py", SPOIL)
+    queue = tasks.queue()
+    waiting = queue.enqueue_many("patient_thread", range(2), max_attempts=1, priority=2)
+    bad = queue.enqueue("spoil", max_attempts=1, priority=1)
+    single = queue.enqueue_many("single", [{}] * 20)
+    done = drain(tasks, "--import", "spoil", "--wait", concurrency=4)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert 'what="functions of Thread" then="the worker is replaced"' in done.stdout
+    reason = "WorkerDied: the task's process could not continue: no more threads"
+    assert {outcome(queue, each) for each in (*waiting, bad)} == {("failed", 1, reason)}
+    completed(queue, *single)
+    assert len(read(tasks, "ran").split()) == 1 + len(single)
+
+
 def test_drain_ends_when_jobs_and_those_that_they_enqueue_are_done(tasks):
     queue = tasks.queue()
     queue.enqueue_many("follow", [5] * 20)
