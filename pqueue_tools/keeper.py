@@ -435,11 +435,13 @@ class Keeper:
         return re.sub(r'.*"(.*)", line (\d+) in .*', r"\1:\2", next(lines, "a place unknown"))
 
     def _end_late_worker(self) -> None:
-        """Kill a worker that is asked to stop while it imports, or that does not exit."""
+        """Kill a worker that is asked to stop while it imports or is stopped, or that does not exit."""
         is_closing = self._fields[fields.OUTCOME] != 0
         if is_closing and not self._closing_at:
             self._closing_at = time.monotonic()
         late = is_closing and (time.monotonic() - self._closing_at > CLOSE_SECONDS or self._fields[fields.STOP] > 1)
+        rests = self._fields[fields.STOP] > 1 and not any(slot.fields[fields.RUNNING] for slot in self.record.slots)
+        late = late or (rests and is_stopped(self._pid))
         if late or (self._fields[fields.STOP] and not self._fields[fields.READY]):
             self._kill()
 

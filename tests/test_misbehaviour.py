@@ -1029,6 +1029,20 @@ def test_second_signal_ends_a_worker_that_executes_what_a_task_left_behind(tasks
     assert (queue.get(bad).state, queue.get(bad).attempts) == ("completed", 1)
 
 
+def test_second_signal_ends_a_consumer_whose_worker_is_stopped(tasks):
+    queue = tasks.queue()
+    child = consumer(tasks)
+    worker = wait_until(lambda: processes.children(child.pid))[0]
+    job_id = queue.enqueue("pid")
+    wait_until(lambda: queue.get(job_id).state == "completed")
+    os.kill(worker, signal.SIGSTOP)
+    later = queue.enqueue("pid")
+    child.send_signal(signal.SIGTERM)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(PATIENCE_SECONDS) == 0
+    assert (queue.get(later).state, queue.get(later).attempts) == ("pending", 0)
+
+
 def test_worker_that_is_killed_between_jobs_costs_no_attempt(tasks):
     queue = tasks.queue()
     child = consumer(tasks)
