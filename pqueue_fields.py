@@ -203,7 +203,8 @@ def _list(kind: Any, args: tuple[Any, ...]) -> Codec:
         expected, repeats = f"tuple[{', '.join(each.expected for each in members)}]", False
     else:
         members = [codec(args[0] if args else Any)]
-        expected, repeats = f"{kind.__name__}[{members[0].expected}]", True
+        of = f"{members[0].expected}, ..." if kind is tuple else members[0].expected
+        expected, repeats = f"{kind.__name__}[{of}]", True
 
     def convert(values: Any, which: str) -> list[Any]:
         if not repeats and len(values) != len(members):

@@ -280,6 +280,11 @@ def test_errors_say_where_the_value_is(queue):
         assert str(caught.value).endswith(error)
 
 
+def test_error_says_that_a_tuple_may_be_of_any_length(passed):
+    with pytest.raises(TypeError, match=r"expected given: tuple\[int, \.\.\.\], got given=\[1\]"):
+        passed(tuple[int, ...], [1])
+
+
 def test_payload_that_does_not_fit_fails_its_job_at_once_with_one_line(place):
     place.write(
         "typed.py", "from pqueue import task\n\n\n@task(max_attempts=5)\ndef resize(path: str, width: int = 200): ...\n"
