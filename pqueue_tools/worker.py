@@ -195,7 +195,8 @@ class Consumer:
 
     @property
     def _ends_early(self) -> bool:
-        if self.max_rss is not None and not self._must_end and processes.resident_mb("self") > self.max_rss:
+        # A new process may already use more than this: it takes jobs nevertheless
+        if self.max_rss is not None and self.taken and processes.resident_mb("self") > self.max_rss:
             self._must_end = True
         ends = self._must_end or bool(self._fields[fields.RENEW])
         return ends or (self.max_jobs is not None and self.taken >= self.max_jobs)

@@ -949,6 +949,14 @@ def test_worker_is_replaced_when_it_uses_too_much_memory(tasks):
     assert len({queue.get(each).result for each in ids}) > 1
 
 
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_worker_that_uses_too_much_memory_from_its_beginning_runs_jobs(tasks, concurrency):
+    queue = tasks.queue()
+    ids = queue.enqueue_many("pid", range(3))
+    assert drain(tasks, "--max-rss", 1, concurrency=concurrency).returncode == 0
+    assert [queue.get(each).state for each in ids] == ["completed"] * 3
+
+
 def test_first_signal_lets_the_jobs_finish_that_run(tasks):
     queue = tasks.queue()
     ids = queue.enqueue_many("patient", range(3)) + queue.enqueue_many("patient_thread", range(2))
