@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -43,6 +44,7 @@ from pqueue_tools.process import (
     writes_to_stdout,
 )
 from pqueue_tools.record import MAX_CONCURRENCY
+from pqueue_tools.report import why_held_back
 from pqueue_tools.worker import expect_modules
 from pqueue_values import program_name, valid_name
 
@@ -110,7 +112,7 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
     if not keeper.is_refused:
         if options.drain:
             _report_unknown_queues(queue, options)
-            _report_unknown_tasks(queue, options)
+            _report_left(queue, options)
         log("stopped", consumer=options.name, completed=counts[0], failed=counts[1])
     return code
 
@@ -126,14 +128,22 @@ def _report_unknown_queues(queue: PersistentQInterface, options: argparse.Namesp
             log("nothing to drain", "warning", consumer=options.name, queues=unknown, reason=reason)
 
 
-def _report_unknown_tasks(queue: PersistentQInterface, options: argparse.Namespace) -> None:
-    """Log which pending jobs a drain has left because it does not know their tasks."""
+def _report_left(queue: PersistentQInterface, options: argparse.Namespace) -> None:
+    """Log which pending jobs a drain has left: of tasks that it does not know, of paused queues, and beyond limits."""
     with suppress(QueueError, ValueError):  # the rows of consumers may be damaged
         last = next((each for each in queue.consumers(job_ids=False) if each["name"] == options.name), None)
         known = set(last["tasks"] or ()) if last else set()
-        served = {task for name, task in queue.pending_tasks() if options.queues is None or name in options.queues}
-        if unknown := ",".join(sorted(served - known)):
-            log("left pending", "warning", consumer=options.name, tasks=unknown, reason="no task of this name imported")
+        unknown, held = set(), Counter[str]()
+        for (name, task), jobs in queue.pending_tasks().items():
+            if options.queues is None or name in options.queues:
+                held[name] += jobs if task in known else 0
+                unknown |= {task} - known
+        if unknown:
+            tasks = ",".join(sorted(unknown))
+            log("left pending", "warning", consumer=options.name, tasks=tasks, reason="no task of this name imported")
+        for name in +held:
+            if reason := why_held_back(queue, name):
+                log("left pending", "warning", consumer=options.name, queue=name, jobs=held[name], reason=reason)
 
 
 def _pending(queue: PersistentQInterface, queues: list[str] | None) -> int:

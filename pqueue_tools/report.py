@@ -587,7 +587,7 @@ def _why_scheduled(job: Job, now: float) -> str:
 def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any], now: float) -> str:
     alive = [each for each in queue.consumers() if each["state"] == "running"]
     if stats["paused"]:
-        return f"its queue {job.queue} is paused: {_move(queue) or _resume(job.queue)}"
+        return _why_paused(queue, job.queue)
     if job.assigned_to is not None:
         alive = [each for each in alive if each["name"] == job.assigned_to]
         if not any(_knows(each, job.task) for each in alive):
@@ -603,6 +603,18 @@ def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any], n
         return f"no running consumer knows this task, {job.task}: {_start([job.task])}"
     waiting = f"it is waiting: {count(stats['pending'], 'job')} pending in queue {job.queue}, {_busy(alive)}"
     return _why_limited(queue, job, now) or waiting
+
+
+def why_held_back(queue: PersistentQInterface, name: str) -> str | None:
+    """Return why consumers take no job of a queue if it is paused, or its newest pending job is beyond a limit."""
+    if queue.stats()["queues"][name]["paused"]:
+        return _why_paused(queue, name)
+    newest = queue.list_jobs(queue=name, state="pending", limit=1, excerpt=0)
+    return _why_limited(queue, newest[0], queue.now()) if newest else None
+
+
+def _why_paused(queue: PersistentQInterface, name: str) -> str:
+    return f"its queue {name} is paused: {_move(queue) or _resume(name)}"
 
 
 def _why_limited(queue: PersistentQInterface, job: Job, now: float) -> str | None:

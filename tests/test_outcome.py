@@ -111,6 +111,22 @@ def test_drain_names_the_tasks_that_it_does_not_know(tasks):
     assert "left pending" not in tasks.run("consumer.py", "--drain", "--queue", "other").stdout
 
 
+def test_drain_says_which_jobs_it_leaves_in_paused_queues_and_beyond_limits(tasks):
+    with closing(tasks.queue()) as queue:
+        queue.enqueue_many("bare", [1, 2], queue="mail")
+        queue.pause("mail")
+        queue.enqueue_many("bare", [1, 2, 3], group="ada")
+        queue.limit("default", running=1)
+        queue.dequeue("other")
+        queue.enqueue("bare", queue="else")
+        done = tasks.run("consumer.py", "--drain", "--import", "my_tasks")
+        assert done.returncode == 0
+        said = re.findall(r'left pending consumer=\S+ queue=(\w+) jobs=(\d+) reason="([^":]+)', done.stdout)
+        assert said == [("default", "2", "group ada has 1 of 1 job running"), ("mail", "2", "its queue mail is paused")]
+        done = tasks.run("consumer.py", "--drain", "--import", "my_tasks", "--queue", "else")
+        assert "left pending" not in done.stdout
+
+
 def test_task_without_parentheses_runs(tasks):
     jobs, _ = run(tasks, bare=None)
     assert jobs["bare"].result == "done"
