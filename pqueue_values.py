@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -367,8 +367,8 @@ def due_time(delay_seconds: float | timedelta, run_at: float | datetime | None, 
 
 
 def valid_list(what: str, values: Iterable[T]) -> list[T]:
-    """Return the elements. Raises ValueError also for a text, whose elements would be its characters."""
-    if isinstance(values, Iterable) and not isinstance(values, (str, bytes)):
+    """Return the elements. Raises ValueError also for a text or a dict: of its characters or keys, few are meant."""
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)):
         return list(values)
     raise ValueError(f"expected a list of {what}, got {short(values)}")
 

@@ -3251,6 +3251,7 @@ class QueueContract:
             (lambda: q.enqueue("t", key_seconds=5), "expected a key together with"),
             (lambda: q.enqueue("t", key_until="finished"), "expected a key together with"),
             (lambda: q.enqueue("t", on_conflict="replace"), "expected a key together with"),
+            (lambda: q.enqueue_many("t", {"a": 1}), "expected a list of payloads, got {'a': 1}"),
             (lambda: q.enqueue_many("t", [1], key_seconds=5), "expected keys together with"),
             (lambda: q.enqueue_many("t", [1, 2], keys=["a"]), "expected a list of 2 keys, one per payload"),
             (lambda: q.enqueue_many("t", [1, 2], keys="ab"), "expected a list of 2 keys, one per payload"),
