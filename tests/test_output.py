@@ -61,6 +61,7 @@ def cells(text):
 
 VALUE = st.one_of(st.none(), st.integers(-(10**12), 10**12), st.text(max_size=60), st.booleans())
 VALUES = {"by_hour": st.lists(st.integers(0, 10**9), min_size=24, max_size=24)}
+VALUES["rate"] = st.none() | st.tuples(st.integers(1, 10**6), st.floats(0.001, 1e6))
 
 
 @UNTIMED
