@@ -368,9 +368,8 @@ class Backend(ABC):
     def _lock_out_writers(self, session: Session) -> None:  # noqa: B027
         """Block all other writers until this transaction ends."""
 
-    def _begin_snapshot(self, session: Session) -> None:
+    def _begin_snapshot(self, session: Session) -> None:  # noqa: B027
         """Let all statements of this transaction, which only reads, see the same rows."""
-        self._lock_out_writers(session)
 
     def _lock_jobs(self, session: Session, job_ids: list[int]) -> None:  # noqa: B027
         """Lock these jobs until this transaction ends."""

@@ -3430,6 +3430,14 @@ class QueueContract:
             self.queue.complete_and_dequeue([(stale, None)], "worker", 0, now=NOW + 61)
         self.assertEqual(self.queue.list_jobs(task="never"), [])
 
+    def test_thread_uses_the_database_while_it_is_in_a_transaction(self):
+        me = threading.get_ident()
+        self.queue.stats()
+        with self.queue.transaction():
+            self.assertTrue(self.queue.uses_database(me))
+            self.assertFalse(self.queue.uses_database(me + 1))
+        self.assertFalse(self.queue.uses_database(me))
+
     def test_nested_transaction_is_a_savepoint_of_the_outer_one(self):
         with self.queue.transaction():
             self.queue.enqueue("outer")
