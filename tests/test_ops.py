@@ -1115,6 +1115,7 @@ def test_page_that_refuses_or_asks_keeps_the_range_and_the_filters(queue, site):
 
 
 def test_action_is_recorded_under_the_name_given_at_the_password_prompt(queue, folder):
+    queue.enqueue("t")
     site = Site(password="secret")
     try:
         for name, recorded in (("anna", "anna"), ("", getpass.getuser())):
@@ -1135,6 +1136,7 @@ def is_paused(queue):
 
 
 def test_name_of_the_user_comes_from_a_header_only_if_that_is_configured(queue, site, monkeypatch):
+    queue.enqueue("t")
     form = {"token": site.server.token, "queue": "default"}
     site.ask("/act/pause", form, X_Remote_User="eve")
     assert "eve" not in queue.operations()[0]["actor"]
