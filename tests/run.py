@@ -1,4 +1,4 @@
-"""Run checks and tests, one more at a time than there are processors, and show the output of those that fail.
+"""Run checks and tests, two more at a time than there are processors, and show the output of those that fail.
 
 python tests/run.py quick | contract | all [PYTHON …]
 
@@ -110,7 +110,7 @@ def run_all(commands: dict[str, Command]) -> Iterator[str]:
     """Run these, say how each ended, and yield the names of those that failed."""
     with (
         tempfile.TemporaryDirectory(prefix="pq", dir=memory(), ignore_cleanup_errors=True) as folder,
-        ThreadPoolExecutor(1 + (os.cpu_count() or 1)) as pool,  # most of them also wait
+        ThreadPoolExecutor(2 + (os.cpu_count() or 1)) as pool,  # most of them also wait
     ):
         running = [
             pool.submit(run, name, command, Path(folder, str(number)))
