@@ -403,7 +403,7 @@ class SQLiteSession(Session):
         with _opening_lock:
             self.is_open = False
             if self._has_lost_files():  # SQLite would take another one for the database, and delete a log in use
-                _never_closed.append(self.connection)
+                _never_closed.add(self.connection)
                 return
             locks, self._locks = self._locks, None
             try:
@@ -438,7 +438,7 @@ class SQLiteSession(Session):
         if self.busy or self not in _held_for_fork or self.connection.in_transaction:
             _inherited_open.setdefault(self._path, []).append(self.connection)
         elif self._locks and self._locks.were_lost:
-            _never_closed.append(self.connection)
+            _never_closed.add(self.connection)
         else:
             # guard: a child closes inherited connections
             self.connection.close()
@@ -469,7 +469,7 @@ class ClosedInFork:
         raise QueueError("cannot continue a transaction that was begun before the fork")
 
 
-_never_closed: list[sqlite3.Connection] = []  # whose descriptors other code has closed
+_never_closed: set[sqlite3.Connection] = set()  # whose descriptors other code has closed
 _inherited_open: dict[Path, list[Any]] = {}  # the parent's connections that were in a transaction
 _queues: weakref.WeakSet[PersistentQSQLite] = weakref.WeakSet()
 _opening_lock = threading.RLock()  # held while files and connections are opened, so that no thread forks then
