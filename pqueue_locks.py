@@ -37,9 +37,11 @@ class WriterLock:
     another process (a stopped one, for example) has held it for that long, proceeds and relies on BEGIN IMMEDIATE.
 
     folder: where its files are; None: the platform has no such locks, and it is never acquired.
+    most_seconds: how long `acquire` waits at most, if that is less.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, most_seconds: float = LOCK_TIMEOUT_SECONDS) -> None:
+        self._seconds = min(most_seconds, LOCK_TIMEOUT_SECONDS)
         self._thread = threading.Lock()
         self._closing = False
         self._closed = folder is None
@@ -53,10 +55,11 @@ class WriterLock:
 
     def acquire(self, *, in_batch: bool = False) -> bool:
         """Return whether the lock was acquired; if so, `release` must follow."""
-        if not self._thread.acquire(timeout=LOCK_TIMEOUT_SECONDS):
+        until = time.monotonic() + self._seconds
+        if not self._thread.acquire(timeout=self._seconds):
             return False
         try:
-            if not self._closed and self._acquire(int(in_batch)):
+            if not self._closed and self._acquire(int(in_batch), until):
                 return True
         except BaseException:
             self._cancel()
@@ -64,11 +67,10 @@ class WriterLock:
         self._cancel()
         return False
 
-    def _acquire(self, kind: int) -> bool:
+    def _acquire(self, kind: int, until: float) -> bool:
         self._kind, line = kind, self._lines[kind]
         if self._lock.try_acquire():
             return True
-        until = time.monotonic() + LOCK_TIMEOUT_SECONDS
         in_line = line.acquire(until)  # False: a stopped process may be holding the line
         acquired = self._lock.acquire(until, kind)
         if in_line:

@@ -620,7 +620,7 @@ class PersistentQSQLite(PersistentQInterface):
         folder = Path(f"{self.path}.d")
         with self._folder_errors():
             make_folder(folder)
-            self._writer_lock = WriterLock(folder)
+            self._writer_lock = WriterLock(folder, self._busy_seconds)
             self._consumer_locks = ConsumerLocks(folder)
             self._result_locks = ResultLocks(folder)
 

@@ -7724,6 +7724,12 @@ class Misuse(SQLiteCase):
         self.assertTrue(other._writer_lock.acquire())
         other._writer_lock.release()
 
+    def test_writer_does_not_wait_longer_for_the_lock_than_it_was_told(self):
+        queue, other = self.open(), self.open(busy_seconds=0)
+        with mock.patch("pqueue_locks._wait_for", side_effect=AssertionError), queue.transaction():
+            with self.assertRaises(QueueBusy):
+                other.enqueue("t")
+
     def test_writer_that_waits_for_its_own_thread_is_told_so(self):
         queue, other = self.open(), self.open(busy_seconds=0.05)
         advice = "transaction of another queue object in this thread: use that one, and TASK.on"
