@@ -195,10 +195,12 @@ LASTING = re.compile(
     r"SSL|certificate|GSS|password|authentication|pg_hba|invalid|bad value|unrecognized|unsupported|not supported"
     r"|[Pp]ermission denied|could not parse|not permitted|not currently accepting|definition of service|channel binding"
     r'|(database|role|user) ".*" does not exist|service file|could not access file|no such (database|user)|config error'
+    r"|requires a value|cannot be (changed|set|mixed)|may not be used|could not match|too long|more than once"
+    r"|only supports|private key|requirepeer|codec"
 )
 
 
-def answers(error: psycopg.Error) -> list[str]:
+def answers(error: Exception) -> list[str]:
     """Return what each host answered, with its address and port."""
     text = str(error).strip()
     _, _, several = text.partition("All failures were:\n")
@@ -206,13 +208,14 @@ def answers(error: psycopg.Error) -> list[str]:
     return [re.sub(r"^(host: .*?: )?(?=connection )(connection failed: )?", "", each) for each in found]
 
 
-def connection_error(name: str, error: psycopg.Error) -> QueueError:
+def connection_error(name: str, error: Exception) -> QueueError:
     """Return the QueueBusy or, if another attempt cannot help, the QueueError for a failure to connect."""
     said = answers(error)
     text = "; ".join(dict.fromkeys(said)) or type(error).__name__
     without_names = [re.sub('"[^"]*"', '""', each) for each in said]  # a database may be called "closed"
     if all(LASTING.search(each) and not PASSING.search(each) for each in without_names):
-        if "no password" in text or (error.pgconn and error.pgconn.needs_password and "password" in text):
+        pgconn = getattr(error, "pgconn", None)
+        if "no password" in text or (pgconn and pgconn.needs_password and "password" in text):
             return QueueError(
                 f"cannot open {name}: the server expects a password, and none was found: set PGPASSWORD, or add a "
                 "line to ~/.pgpass, which only its owner may read"

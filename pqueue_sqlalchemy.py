@@ -85,6 +85,8 @@ log = logging.getLogger("pqueue")
 # The driver raises the error of a lost connection, and then logs that it cannot end its pipeline.
 logging.getLogger("psycopg").addFilter(lambda record: not record.getMessage().startswith("error ignored terminating"))
 
+# Parameters of libpq, whatever the URL or a service says: a connection for replication executes no statements of ours.
+ALWAYS = {"client_encoding": "UTF8", "replication": ""}
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
 ENQUEUE_TRIES = 100  # while other transactions use and free the key
 # Return, of the settings of the server without which "full" holds for no job, those that are off.
@@ -542,8 +544,8 @@ class OnPostgres(PersistentQSQLAlchemy):
         arguments = {"application_name": "pqueue", "connect_timeout": max(1, int(self._busy_seconds)), **KEEPALIVES}
         arguments["tcp_user_timeout"] = self._milliseconds  # detects a broken network link
         try:
-            connection = psycopg.connect(autocommit=True, **{**arguments, **self._conninfo, "client_encoding": "UTF8"})
-        except psycopg.Error as error:
+            connection = psycopg.connect(autocommit=True, **{**arguments, **self._conninfo, **ALWAYS})
+        except (psycopg.Error, UnicodeError) as error:  # UnicodeError: a host name that cannot be
             failure = connection_error(self.name, error)
             # A running program waits until a password or a right is corrected
             busy = self._is_open and not isinstance(failure, QueueBusy)

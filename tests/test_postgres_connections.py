@@ -546,6 +546,11 @@ def opening(url, **environment):
         ({"sslmode": "bogus"}, 'invalid sslmode value: "bogus"'),
         ({"options": "-cnosuch=1"}, "nosuch"),
         ({"options": "-cwork_mem=x"}, "work_mem"),
+        ({"options": "--nosuch"}, "requires a value"),
+        ({"options": "-cshared_buffers=1GB"}, "cannot be changed"),
+        ({"hostaddr": "127.0.0.1,127.0.0.1"}, "could not match"),
+        ({"host": "/" + "x" * 200}, "too long"),
+        ({"host": "db..internal"}, "cannot open db..internal/.*label empty"),
         ({"gssencmode": "bogus"}, "gssencmode"),
         ({"target_session_attrs": "bogus"}, "target_session_attrs"),
         ({"channel_binding": "bogus"}, "channel_binding"),
@@ -592,6 +597,12 @@ def test_server_without_tls_is_an_error_if_it_is_required(strict, parameters):
     error = opening(f"postgresql://ann@127.0.0.1:{strict.port}/postgres?{parameters}")
     assert not isinstance(error, QueueBusy)
     assert re.search("SSL|certificate", str(error))
+
+
+@pytest.mark.parametrize("value", ["database", "true", "bogus"])
+def test_url_of_a_connection_for_replication_opens_a_usual_one(database, value):
+    with closing(pqueue.open_queue(with_query(database, replication=value))) as queue:
+        queue.enqueue("t")
 
 
 def test_database_that_accepts_no_connections_is_an_error(server, database):
@@ -644,6 +655,12 @@ def test_server_that_will_accept_connections_later_is_busy(answer):
         'could not parse network address "10.0.0.256": Name or service not known',
         'connection to server at "10.0.0.1", port 6432 failed: FATAL:  no such database: shop',  # PgBouncer
         'connection to server at "10.0.0.1", port 6432 failed: FATAL:  bouncer config error',
+        'weak sslmode "prefer" may not be used with sslnegotiation=direct (use "require")',
+        'requirepeer specifies "ann", but actual peer user name is "postgres"',
+        'require_auth method "md5" is specified more than once',
+        'negative require_auth method "!none" cannot be mixed with non-negative methods',
+        'server only supports protocol version 3.0, but "min_protocol_version" was set to 3.2',
+        'private key file "/k" has group or world access; file must have permissions u=rw (0600) or less',
     ],
 )
 def test_answer_that_no_other_attempt_changes_is_an_error(answer):
