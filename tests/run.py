@@ -3,7 +3,8 @@
 python tests/run.py quick | contract | all [PYTHON …]
 
 quick: format, lint, types, the contract suite on SQLite and the model test. contract: the contract suite on every
-backend. all: each file of tests in its own process, and the contract suite and the programs under each PYTHON, bare.
+backend. all: each file of tests in its own process, and the contract suite and the programs under each PYTHON, bare;
+without a PYTHON, the contract suite under pytest.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def contract() -> dict[str, Command]:
 
 def everything(*pythons: str) -> dict[str, Command]:
     first = [ROOT / f"tests/test_{name}.py" for name in LONGEST]
-    files = [*first, ROOT / "test_pqueue.py", *sorted(set(ROOT.glob("tests/test_*.py")) - set(first))]
+    contract = [] if pythons else [ROOT / "test_pqueue.py"]
+    files = [*first, *contract, *sorted(set(ROOT.glob("tests/test_*.py")) - set(first))]
     names = [str(file.relative_to(ROOT)) for file in files]
     bare: dict[str, Command] = {
         f"contract suite, bare, under {python}": [python, "-I", "-S", "-W", "error", "-c", BARE] for python in pythons

@@ -436,8 +436,12 @@ def judge(killer: str, folder: Path, *, is_whole: bool = False) -> subprocess.Co
     elif file == "contract":
         arguments = ["-m", "unittest", "test_pqueue", "-f", *(f"-k{name.strip('()')}" for name in names.split(" or "))]
     else:
-        arguments = ["-m", "pytest", "-qx", f"tests/{file}", "-k", names]
-    variables = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # the code of a mutant stays its own
+        arguments = ["-m", "pytest", "-qx", "--assert=plain", f"tests/{file}", "-k", names]
+    variables = {
+        **os.environ,
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # and assertions are not rewritten: to load quickly
+        "PYTHONDONTWRITEBYTECODE": "1",  # the code of a mutant stays its own
+    }
     if not is_whole:
         variables["PQUEUE_TEST_PATIENCE"] = "30"  # what a mutant has broken may never happen
     return subprocess.run(
