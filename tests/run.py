@@ -58,7 +58,8 @@ Command = list[object]
 
 def quick() -> dict[str, Command]:
     return {
-        "contract suite on SQLite": [sys.executable, "-W", "error", "test_pqueue.py"],
+        "contract suite on SQLite": pytest("test_pqueue.py", "-k", "SQLiteContract"),
+        "contract suite on SQLite, other tests": pytest("test_pqueue.py", "-k", "not SQLiteContract"),
         "types": [BIN / "mypy"],
         "model test": pytest("tests/test_model.py"),
         "format": [BIN / "ruff", "format", "--check", "."],
