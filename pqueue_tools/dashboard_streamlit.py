@@ -422,7 +422,7 @@ def _config(table: Table, cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _button(button: Button) -> None:
-    key = f"{button.label} {' '.join(map(str, button.fields.values()))}"
+    key = f"{button.action} {' '.join(map(str, button.fields.values()))}"
     with st.popover(button.label):
         fields = dict(button.fields)
         if name := button.asks_for:
@@ -533,10 +533,10 @@ def _shown(query: dashboard.Query, find: Callable[[], dashboard.JobPage]) -> tup
 def _pages(query: dashboard.Query, page: dashboard.JobPage) -> None:
     if "before_id" in query and st.button("newest jobs"):
         st.session_state["before"] = ""
-        st.rerun(scope="fragment")
+        st.rerun()
     if page[1] is not None and st.button(tables.older_jobs(page)):
         st.session_state["before"], st.session_state["before-of"] = page[1], dashboard.given(query)
-        st.rerun(scope="fragment")
+        st.rerun()
 
 
 def _bulk(ids: list[int], filters: dashboard.Query, matching: str) -> None:

@@ -1769,6 +1769,25 @@ def test_both_front_ends_show_the_same_tables(queue, site, monkeypatch, name):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_streamlit_page_has_the_buttons_of_a_queue_and_of_its_schedule_of_the_same_name(queue):
+    queue.enqueue("report", queue="report")
+    queue.schedule("report", "report", queue="report", cron="@daily")
+    page = streamlit(page="task", task="report")
+    assert not page.exception
+    assert {"yes, pause", "yes, pause report"} <= {each.label for each in page.button}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_streamlit_page_shows_older_jobs(queue):
+    ids = queue.enqueue_many("t", range(dashboard.JOBS_PER_PAGE + 2))
+    page = streamlit(page="jobs")
+    (older,) = (each for each in page.button if "older" in each.label)
+    older.click().run(timeout=PATIENCE_SECONDS)
+    assert not page.exception
+    assert [each["job"] for each in page.dataframe[0].value.to_dict("records")] == [f"?job={n}" for n in ids[1::-1]]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_page_leaves_out_columns_that_are_empty(queue, site):
     queue.enqueue("t")
     queue.schedule("tick", "t", every_seconds=60)
