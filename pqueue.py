@@ -291,9 +291,9 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
                 ids = session.insert(sql, row)
             if ids:
                 return JobId.of_queue(self, ids)
-            room, max_pending = session.run(pqueue_schema.ROOM, row)[0]
-            if room is not None and room < row["number"]:
-                raise queue_full("enqueue", row["queue"], max_pending, row["number"])
+            for room, max_pending in session.run(pqueue_schema.ROOM, row):
+                if room is not None and room < row["number"]:
+                    raise queue_full("enqueue", row["queue"], max_pending, row["number"])
             raise NotStored
 
     def _store_after(self, sql: str, rows: list[Params], after: Iterable[int], after_failed: str) -> list[JobId[Any]]:

@@ -769,8 +769,9 @@ class OnPostgres(PersistentQSQLAlchemy):
         """Do it in a separate transaction: until that of the application ends, other producers would wait."""
         application = self._session()
         if application.for_application and not application.is_snapshot:
-            with suppress(QueueBusy):  # no other connection is available
+            with suppress(QueueBusy):  # no other connection is available, or the application has changed the queue
                 with PostgresSession(self) as other:
+                    other.run(setting({"lock_timeout": 100}, for_good=False))
                     super()._add_queue(other, row)
                 return 1
         return super()._add_queue(session, row)

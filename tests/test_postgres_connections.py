@@ -417,6 +417,28 @@ def test_first_job_of_a_queue_in_an_open_transaction_blocks_no_other(queue, data
         assert [job.queue for job in queue.list_jobs(queue="undone")] == []
 
 
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("change", ["pause", "limit", "keep"])
+def test_producer_does_not_wait_for_its_own_transaction_that_changed_the_queue(database, change, exists):
+    stored = []
+
+    def work():
+        with suppress(QueueError), queue.transaction():
+            getattr(queue, change)("mails", **{"limit": {"max_pending": 10}, "keep": {"completed": 9}}.get(change, {}))
+            stored.append(queue.enqueue("t", queue="mails"))
+
+    with closing(PersistentQSQLAlchemy(database, busy_seconds=3600)) as queue:
+        if exists:
+            queue.enqueue("another", queue="mails")
+        producer = threading.Thread(target=work)
+        producer.start()
+        try:
+            wait_until(lambda: stored)
+        finally:
+            queue.close()
+            producer.join()
+
+
 # A schema that is altered
 
 

@@ -25,7 +25,7 @@ from test_postgres import (
 )
 
 import pqueue
-from pqueue import QueueBusy, QueueError
+from pqueue import NotStored, QueueBusy, QueueError
 from pqueue_connections import parse_url
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
 from test_pqueue import wait_until
@@ -663,6 +663,10 @@ def test_policy_of_the_database_holds_in_every_verb(admin, roles):
         with pytest.raises(QueueError, match="row-level security"):
             queue.enqueue("t", queue="theirs")
         assert [job.id for job in queue.dequeue_many("w", 9)] == [ours]
+        admin.execute("ALTER TABLE pqueue.queues ENABLE ROW LEVEL SECURITY")
+        admin.execute("CREATE POLICY ours ON pqueue.queues USING (name = 'ours') WITH CHECK (true)")
+        with pytest.raises(NotStored, match="did not store the job; run .* doctor"):
+            queue.enqueue("t", queue="theirs")
     admin.execute("ALTER TABLE pqueue.version ENABLE ROW LEVEL SECURITY")
     with pytest.raises(QueueError, match=r"expected a row in table pqueue.version, got none: row-level security may"):
         pqueue.open_queue(worker)
