@@ -820,7 +820,8 @@ THIS_SCHEMA = f"(SELECT nspname FROM pg_namespace WHERE oid = '{SCHEMA}'::regnam
 LONG_TRANSACTION_SECONDS = 60
 LONG_WAIT_SECONDS = 2  # less than busy_seconds, after which they give up
 MANY_DEAD_ROWS = 100_000
-# How many transactions old a snapshot of a standby may be, also if tables have many dead rows
+VACUUM_SECONDS = 600  # many times autovacuum_naptime
+# How many transactions old a snapshot of a standby or a hidden session may be, also if tables have many dead rows
 OLD_SNAPSHOT, OLD_WITH_DEAD_ROWS = 1_000_000, 10_000
 WITH_ID = ("jobs", "queue_groups", "consumers", "history", "dependencies")  # tables whose ids come from a sequence
 QUERY = "left(regexp_replace(query, '\\s+', ' ', 'g'), 60)"
@@ -881,13 +882,14 @@ SELECT format('the collation has version %s, but the indexes were built with %s:
     datname, datname)
 FROM pg_database WHERE datname = current_database() AND datcollversion <> pg_database_collation_actual_version(oid)"""
 
-# Return the tables without autovacuum.
+# Return the tables without autovacuum, which also needs the counts of dead rows.
 NO_AUTOVACUUM = f"""
 SELECT format('autovacuum is off for table %s: run ALTER TABLE %s RESET (autovacuum_enabled)', oid::regclass,
     oid::regclass)
 FROM pg_class WHERE relnamespace = '{SCHEMA}'::regnamespace
     AND reloptions::text ~* 'autovacuum_enabled=(off|false|no|0)'
-UNION ALL SELECT 'autovacuum is off: set autovacuum = on' WHERE current_setting('autovacuum') = 'off'"""
+UNION ALL SELECT format('%s is off: set %s = on', name, name)
+FROM (VALUES ('autovacuum'), ('track_counts')) needed (name) WHERE current_setting(name) = 'off'"""
 
 # Return transactions that keep the server from removing dead rows.
 OLD_TRANSACTIONS = f"""
@@ -916,7 +918,8 @@ FROM (
 WHERE NOT active AND wal_status <> 'lost'
     AND coalesce(since < clock_timestamp() - make_interval(secs => {LONG_TRANSACTION_SECONDS}), true)"""
 
-# Return standbys and replication slots in use that keep dead rows. Their age is known in transactions only.
+# Return standbys and replication slots in use that keep dead rows, and sessions of other roles, for a role that may not
+# see more of them. Their age is known in transactions only.
 OLD_SNAPSHOTS = f"""
 SELECT format('%s (pid %s) has kept dead rows%s for %s transactions, which slows %s', name, pid, of_what, age, remedy)
 FROM (
@@ -929,6 +932,9 @@ FROM (
     UNION ALL SELECT 'the subscriber of replication slot ' || slot_name, active_pid, ' of the system catalogs',
         age(catalog_xmin), 'all statements: look why it does not keep up'
     FROM pg_replication_slots WHERE active
+    UNION ALL SELECT 'a transaction of ' || usename, pid, '', greatest(age(backend_xid), age(backend_xmin)),
+        'claims: end it'
+    FROM pg_stat_activity WHERE xact_start IS NULL AND (backend_xid IS NOT NULL OR datname = current_database())
 ) held
 WHERE age > CASE WHEN EXISTS (SELECT 1 {MANY_DEAD}) THEN {OLD_WITH_DEAD_ROWS} ELSE {OLD_SNAPSHOT} END"""
 
@@ -939,11 +945,12 @@ SELECT format('pid %s waits for a lock of pid %s since %s s: %s', pid, array_to_
 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()
     AND application_name = 'pqueue' AND query_start < clock_timestamp() - make_interval(secs => {LONG_WAIT_SECONDS})"""
 
-# Return tables with many dead rows.
+# Return tables with many dead rows that were not vacuumed lately. (A busy queue has as many between two vacuums.)
 DEAD_ROWS = f"""
-SELECT format('table %s has %s dead rows and %s live ones: vacuum cannot keep up; look for old transactions', relname,
-    n_dead_tup, n_live_tup)
-{MANY_DEAD}"""
+SELECT format('table %s has %s dead rows and %s live ones, and no vacuum has ended for {VACUUM_SECONDS} s: run VACUUM '
+    '{SCHEMA}.%s', relname, n_dead_tup, n_live_tup, relname)
+{MANY_DEAD} AND coalesce(greatest(last_vacuum, last_autovacuum)
+    < clock_timestamp() - make_interval(secs => {VACUUM_SECONDS}), true)"""
 
 # Return whether hardly any connection is left.
 FEW_CONNECTIONS = """

@@ -1838,12 +1838,13 @@ SELECT format('the collation has version %s, but the indexes were built with %s:
 FROM pg_database WHERE datname = current_database() AND datcollversion <> pg_database_collation_actual_version(oid);
 
 -- NO_AUTOVACUUM
--- Return the tables without autovacuum.
+-- Return the tables without autovacuum, which also needs the counts of dead rows.
 SELECT format('autovacuum is off for table %s: run ALTER TABLE %s RESET (autovacuum_enabled)', oid::regclass,
     oid::regclass)
 FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace
     AND reloptions::text ~* 'autovacuum_enabled=(off|false|no|0)'
-UNION ALL SELECT 'autovacuum is off: set autovacuum = on' WHERE current_setting('autovacuum') = 'off';
+UNION ALL SELECT format('%s is off: set %s = on', name, name)
+FROM (VALUES ('autovacuum'), ('track_counts')) needed (name) WHERE current_setting(name) = 'off';
 
 -- OLD_TRANSACTIONS
 -- Return transactions that keep the server from removing dead rows.
@@ -1873,7 +1874,8 @@ WHERE NOT active AND wal_status <> 'lost'
     AND coalesce(since < clock_timestamp() - make_interval(secs => 60), true);
 
 -- OLD_SNAPSHOTS
--- Return standbys and replication slots in use that keep dead rows. Their age is known in transactions only.
+-- Return standbys and replication slots in use that keep dead rows, and sessions of other roles, for a role that may
+-- not see more of them. Their age is known in transactions only.
 SELECT format('%s (pid %s) has kept dead rows%s for %s transactions, which slows %s', name, pid, of_what, age, remedy)
 FROM (
     SELECT 'standby ' || application_name AS name, pid, '' AS of_what, age(backend_xmin) AS age,
@@ -1885,6 +1887,9 @@ FROM (
     UNION ALL SELECT 'the subscriber of replication slot ' || slot_name, active_pid, ' of the system catalogs',
         age(catalog_xmin), 'all statements: look why it does not keep up'
     FROM pg_replication_slots WHERE active
+    UNION ALL SELECT 'a transaction of ' || usename, pid, '', greatest(age(backend_xid), age(backend_xmin)),
+        'claims: end it'
+    FROM pg_stat_activity WHERE xact_start IS NULL AND (backend_xid IS NOT NULL OR datname = current_database())
 ) held
 WHERE age > CASE WHEN EXISTS (SELECT 1 FROM pg_stat_user_tables
 WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND n_dead_tup > 100000 + 2 * n_live_tup) THEN 10000 ELSE 1000000 END;
@@ -1897,11 +1902,12 @@ FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_datab
     AND application_name = 'pqueue' AND query_start < clock_timestamp() - make_interval(secs => 2);
 
 -- DEAD_ROWS
--- Return tables with many dead rows.
-SELECT format('table %s has %s dead rows and %s live ones: vacuum cannot keep up; look for old transactions', relname,
-    n_dead_tup, n_live_tup)
+-- Return tables with many dead rows that were not vacuumed lately. (A busy queue has as many between two vacuums.)
+SELECT format('table %s has %s dead rows and %s live ones, and no vacuum has ended for 600 s: run VACUUM '
+    'pqueue.%s', relname, n_dead_tup, n_live_tup, relname)
 FROM pg_stat_user_tables
-WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND n_dead_tup > 100000 + 2 * n_live_tup;
+WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND n_dead_tup > 100000 + 2 * n_live_tup AND coalesce(greatest(last_vacuum, last_autovacuum)
+    < clock_timestamp() - make_interval(secs => 600), true);
 
 -- FEW_CONNECTIONS
 -- Return whether hardly any connection is left.

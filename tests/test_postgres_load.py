@@ -957,6 +957,44 @@ def test_check_finds_what_runs_short(queue, database, monkeypatch, statement, co
     assert not [each for each in problems if "strangers" in each]
 
 
+def test_check_finds_that_no_dead_rows_are_counted(database):  # noqa: F811
+    name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute(f"ALTER DATABASE {name} SET track_counts = off")
+    with closing(pqueue.open_queue(database)) as queue:
+        assert queue.check(thorough=False)["problems"] == ["track_counts is off: set track_counts = on"]
+
+
+@pytest.mark.parametrize(("seconds", "is_found"), [(600, False), (0, True)])
+def test_check_expects_dead_rows_until_the_next_vacuum(queue, database, monkeypatch, seconds, is_found):  # noqa: F811
+    sql = pqueue_postgres.DEAD_ROWS.replace("n_dead_tup > 100000 + 2 * n_live_tup", "relname = 'jobs'")
+    monkeypatch.setattr("pqueue_postgres.HEALTH", (sql.replace("secs => 600", f"secs => {seconds}"),))
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute("VACUUM pqueue.jobs")
+    assert bool(queue.check(thorough=False)["problems"]) == is_found
+
+
+def test_check_of_a_role_that_sees_no_other_names_the_session_that_keeps_dead_rows(database, monkeypatch):  # noqa: F811
+    pqueue.open_queue(database).close()
+    sql = pqueue_postgres.OLD_SNAPSHOTS.replace("ELSE 1000000 END", "ELSE 0 END")
+    monkeypatch.setattr("pqueue_postgres.HEALTH", (sql,))
+    with psycopg.connect(database) as reader, psycopg.connect(database, autocommit=True) as admin:
+        admin.execute("CREATE ROLE looker LOGIN; GRANT USAGE ON SCHEMA pqueue TO looker")
+        admin.execute("GRANT SELECT ON ALL TABLES IN SCHEMA pqueue TO looker")
+        try:
+            reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            reader.execute("SELECT 'a report'")
+            admin.execute("INSERT INTO pqueue.handlers VALUES ('x', 'y')")
+            for url, number in ((database.replace("postgres:@", "looker:@"), 1), (database, 0)):
+                with closing(pqueue.open_queue(url)) as queue:
+                    found = queue.check(thorough=False)["problems"]
+                assert len(found) == number, found
+                kept = rf"a transaction of postgres \(pid {reader.info.backend_pid}\) has kept dead rows for \d+ trans"
+                assert all(re.match(kept, each) for each in found)
+        finally:
+            admin.execute("DROP OWNED BY looker; DROP ROLE looker")
+
+
 def test_check_counts_connections_of_clients_only(queue, monkeypatch):
     sql = pqueue_postgres.FEW_CONNECTIONS.replace("'client backend'", "'none'").replace("0.9 * most", "0")
     monkeypatch.setattr("pqueue_postgres.HEALTH", (sql,))
