@@ -393,8 +393,10 @@ class JoinedPostgres(Joined, PostgresSession):
         self.is_snapshot = isolation != "read committed"  # which sees no queue that another transaction creates
 
     def end(self) -> None:
-        """Let the commit of the application send NOTIFY."""
+        """Let the commit of the application send NOTIFY, unless it has two phases, which allow none."""
         super().end()
+        if getattr(cast(Link, self._link).driver, "_tpc", None):
+            return
         if self.wakes:
             self.run(f"SELECT {PG_NOTIFY} {IF_ROOM}")
         if self.finished:

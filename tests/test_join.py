@@ -9,6 +9,7 @@ from contextlib import closing
 import psycopg
 import pytest
 import sqlalchemy
+from postgres_server import Server
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from test_postgres import database, server
 
@@ -108,6 +109,30 @@ def test_connection_of_psycopg_takes_part_in_its_transaction_only(queue, databas
             assert connection.execute("SHOW synchronous_commit").fetchone() == ("on",)
         assert connection.execute("SHOW synchronous_commit").fetchone() == ("off",)
     assert queue.count_jobs() == 3
+
+
+def test_transaction_of_two_phases_is_joined(tmp_path):
+    own = Server(tmp_path / "server").create().start(max_prepared_transactions=2)
+    try:
+        with pqueue.open_queue(own.url) as queue, closing(psycopg.connect(own.url)) as connection:
+            queue.enqueue("t")
+            job = queue.dequeue("w")
+            queue._open_listener()._awaited_until = float("inf")  # as if a process waited for a result
+            connection.tpc_begin("a b")
+            with queue.join(connection):
+                queue.complete(job)
+                job_id = queue.enqueue("another", queue="new")
+            connection.tpc_prepare()
+            assert queue.get(job.id).state == "processing"
+            connection.tpc_commit()
+            assert [queue.get(each).state for each in (job.id, job_id)] == ["completed", "pending"]
+            engine = sqlalchemy.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(own.url))
+            with Session(engine, twophase=True) as session, session.begin(), queue.join(session):
+                queue.enqueue("t")
+            engine.dispose()
+            assert queue.count_jobs(state="pending") == 2
+    finally:
+        own.kill()
 
 
 SETTINGS = {
