@@ -181,7 +181,8 @@ class ConcurrentConsumer(Consumer):
 
     def _complete_and_start(self, limit: int) -> None:
         done, self._done = self._done[: self.queue.max_batch], self._done[self.queue.max_batch :]
-        jobs = self._complete_and_dequeue([(run.job, run.encoded) for run in done], limit)
+        self._finished = [(run.job, run.encoded) for run in done]
+        jobs = self._complete_and_dequeue(limit)
         for run in done:
             self._free_slot(run)
         self._publish_results()
@@ -223,9 +224,7 @@ class ConcurrentConsumer(Consumer):
                 Thread(f"pqueue-{job.id}", self._run_in_thread, run).start()
         except RuntimeError as error:  # the system has no more threads, or no more memory for one
             self._fail_to_start(run, error)
-        if self._fields[fields.ASLEEP]:
-            self._fields[fields.ASLEEP] = 0
-            self.wake_keeper()
+        self._wake_keeper()
 
     def _fail_to_start(self, run: ActiveRun, error: RuntimeError) -> None:
         """Return a job for which there is no thread, and replace the process; in an application, fail its attempt."""

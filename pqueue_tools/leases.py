@@ -149,7 +149,10 @@ class Leases:
         if finished:
             _, lost = self.queue.complete_and_dequeue(finished, self.name, 0)
             self.completed += len(finished) - len(lost)
-            log_completed(self.name, [each for each, _ in finished if each not in lost], lost, quiet=self.quiet)
+            if not self.quiet:
+                log_completed(self.name, [each for each, _ in finished if each not in lost])
+            for job in lost:
+                log("lost", consumer=self.name, job=job.id, reason="its lease")
         for other in held.values():
             self.release(other)
         return kept

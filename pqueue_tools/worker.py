@@ -38,7 +38,6 @@ from pqueue_values import Encoded, NoConnection, above_0, duration, short, valid
 if TYPE_CHECKING:
     from pqueue_tools.leftovers import ProcessState
 
-NONE = (0.0, 0.0, None)  # limits of an unknown task
 MAX_LEFT = 20  # leftovers that the log names
 BATCH_SECONDS = 0.03  # target run time of a batch of jobs; a slower job is taken alone
 
@@ -87,7 +86,6 @@ class Consumer:
     task_log: TaskLog | None = None
     taken = 0
     _job: Job | None = None  # the last one run
-    _claim: tuple[str | None, int] = None, 0  # a lease token, and the number of its claim
     _can_wake = False  # waiting for jobs: a signal handler may raise
     _cancel: Callable[[Exception], object] | None = None  # cancels the async task that runs
     _interrupted: Exception | None = None  # why the last interrupt came
@@ -140,7 +138,6 @@ class Consumer:
         self._adding = threading.Lock()  # of results and errors to the record, by several threads
         self._waiting: deque[Job] = deque()
         self._finished: list[tuple[Job, Any]] = []
-        self._known_limits: dict[str, tuple[float, float, pqueue.Task[..., Any] | None]] = {}  # by task
         self._pid, self._collects = os.getpid(), gc.isenabled()
 
     @property
@@ -206,8 +203,8 @@ class Consumer:
     def _complete_and_take(self) -> bool:
         """Complete the finished jobs and take the next batch in one commit. Return False to stop."""
         while True:
-            finished, limit = self._take_finished(), self._limit()
-            jobs = self._complete_and_dequeue(finished, limit)
+            limit = self._limit()
+            jobs = self._complete_and_dequeue(limit)
             if jobs:
                 self._waiting.extend(jobs)
                 self.taken += len(jobs)
@@ -230,7 +227,10 @@ class Consumer:
         limit = int(BATCH_SECONDS / max(self._run_seconds, BATCH_SECONDS / max_batch))
         return min(max(1, limit), max_batch if self.max_jobs is None else self.max_jobs - self.taken)
 
-    def _complete_and_dequeue(self, finished: list[tuple[Job, Any]], limit: int) -> list[Job] | None:
+    def _complete_and_dequeue(self, limit: int) -> list[Job] | None:
+        """Complete the finished jobs and take others in one commit; return these. None: the database is locked."""
+        finished, self._finished = self._finished, []
+
         def call() -> list[Job]:
             try:
                 jobs, lost = self.queue.complete_and_dequeue(finished, self.name, limit, **self.options)
@@ -325,7 +325,7 @@ class Consumer:
         return self._job
 
     def _run_one(self, job: Job) -> None:
-        limits, claim = self._limits(job), self._claim_number(job)
+        limits, claim = self._limits(job), leases.claim_number(str(job.lease_token))
         started = time.monotonic()
         failure: Failure | None = None
         encoded: Encoded | None = None
@@ -333,13 +333,11 @@ class Consumer:
             try:
                 self.queue.begin(job)
                 started = self._slot.begin(job.id, claim, *limits)
-                if self._fields[fields.ASLEEP]:
-                    self._fields[fields.ASLEEP] = 0
-                    self.wake_keeper()
+                self._wake_keeper()
                 if self.task_log:
                     self.task_log.job = job
-                run_coroutine = self._run_coroutine
-                result = copy_context().run(pqueue.run_task, self.queue, job, run_coroutine=run_coroutine)
+                run = copy_context().run
+                result = run(pqueue.run_task, self.queue, job, run_coroutine=self._run_coroutine)
                 encoded = encoded_result(result)
                 result = None  # here: to free it may run code of the task
                 self._end_child()
@@ -353,7 +351,10 @@ class Consumer:
         except BaseException as caught:
             self._slot.fields[fields.RUNNING] = 0  # again: an interrupt may have come before it was set
             failure = failure_of(caught, job)
-        took = time.monotonic() - started
+        self._end_run(job, claim, time.monotonic() - started, failure, encoded)
+
+    def _end_run(self, job: Job, claim: int, took: float, failure: Failure | None, encoded: Encoded | None) -> None:
+        """Settle a job that has failed, and note one to be completed. took: for how many seconds it ran."""
         # guard: nothing is written in a transaction that a task has left open
         if self.queue.in_transaction:
             self._break_off_in_transaction(job, claim, failure)
@@ -363,12 +364,17 @@ class Consumer:
             self._run_seconds = max(took, 0.8 * self._run_seconds + 0.2 * took)
             self._finished.append((job, encoded))
             if not is_stored:
-                self._complete_and_dequeue(self._take_finished(), 0)
+                self._complete_and_dequeue(0)
         else:
             self._settle(job, failure)
         if self.task_log:
             self.task_log.job = None
         self._slot.end()
+
+    def _wake_keeper(self) -> None:
+        if self._fields[fields.ASLEEP]:
+            self._fields[fields.ASLEEP] = 0
+            self.wake_keeper()
 
     def _collect_garbage(self) -> None:
         """Collect garbage if the task has disabled that. This may run code of the task, to which its limits apply."""
@@ -439,27 +445,43 @@ class Consumer:
     def _limits(self, job: Job) -> tuple[float, float, float, float]:
         """Return the timeout, the memory limit, the memory in use now if it is limited, and the delay before another
         attempt if this process dies; 0: none, and the default of that."""
-        limits = self._known_limits.get(job.task)
-        if limits is None:
-            entry = pqueue.TASKS.get(job.task)
-            own = entry if entry and entry.backoff is not None else None
-            limits = (entry.timeout_seconds or 0.0, entry.memory_mb or 0.0, own) if entry else NONE
-            self._known_limits[job.task] = limits
-        timeout, memory, own = limits
-        used = processes.resident_mb("self") if memory else 0.0
-        return timeout, memory, used, delay_after(own, job.attempts) if own else 0.0
-
-    def _claim_number(self, job: Job) -> int:
-        if job.lease_token != self._claim[0]:
-            self._claim = job.lease_token, leases.claim_number(str(job.lease_token))
-        return self._claim[1]
+        task = pqueue.TASKS.get(job.task)
+        if task is None:
+            return 0.0, 0.0, 0.0, 0.0
+        used = processes.resident_mb("self") if task.memory_mb else 0.0
+        delay = delay_after(task, job.attempts) if task.backoff else 0.0
+        return task.timeout_seconds or 0.0, task.memory_mb or 0.0, used, delay
 
     def _settle(self, job: Job, failure: Failure) -> None:
-        """Settle a job whose run has failed."""
-        if failure.reason:
-            self._end_interrupted(job, failure)
+        """Settle a job whose run has failed, unless its task has done so itself."""
+        text, outcome, reason = failure
+        if reason and self._stops > 1:
+            if job.max_attempts != 1:
+                self._release(job)
+                return
+            text = error_text(Stopped("stopped while it ran; not run again because max_attempts is 1"))
+            outcome = Outcome("fail", retry=False, delay_seconds=0.0)
+        elif isinstance(reason, LeaseLost):
+            self._log_lost(job, reason, self._leases.settled_as(job))
+            return
+        try:
+            state = self._retry_while_busy([(job, None)], lambda: outcome.settle(self.queue, job, text))
+        except LeaseLost as lost:
+            self._log_lost(job, lost, self._leases.settled_as(job))
+            return
+        if state is None:
+            return  # already logged: the lease will expire
+        self._fields[fields.FAILED] += outcome.verb == "fail"
+        event = "failed" if outcome.verb == "fail" else "snoozed"
+        first, _, trace = text.partition("\n")
+        shown = {"error": first, **({"traceback": trace} if trace and outcome.verb == "fail" else {})}
+        log(event, consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, **shown)
+
+    def _log_lost(self, job: Job, reason: object, settled: str | None) -> None:
+        if settled is None:
+            log("lost", consumer=self.name, job=job.id, reason=reason)
         else:
-            self._apply(job, failure.text, failure.outcome)
+            log("settled by the task", consumer=self.name, job=job.id, task=job.task, now=settled)
 
     def _report_left(self, left: list[str], **by: Any) -> None:
         """Say what a task has left behind in the process."""
@@ -496,61 +518,23 @@ class Consumer:
             sys.stdout.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))
 
-    def _end_interrupted(self, job: Job, failure: Failure) -> None:
-        if self._stops > 1 and job.max_attempts == 1:
-            stopped = Stopped("stopped while it ran; not run again because max_attempts is 1")
-            self._apply(job, error_text(stopped), Outcome("fail", retry=False, delay_seconds=0.0))
-        elif self._stops > 1:
-            self._release(job)
-        elif isinstance(failure.reason, LeaseLost):
-            self._log_lost(job, failure.reason)
-        else:
-            self._apply(job, failure.text, failure.outcome)
-
-    def _apply(self, job: Job, text: str, outcome: Outcome) -> None:
-        """Settle a job, unless its task has done so itself."""
-        try:
-            state = self._retry_while_busy([(job, None)], lambda: outcome.settle(self.queue, job, text))
-        except LeaseLost as lost:
-            self._log_lost(job, lost)
-            return
-        if state is None:
-            return  # already logged: the lease will expire
-        self._fields[fields.FAILED] += outcome.verb == "fail"
-        event = "failed" if outcome.verb == "fail" else "snoozed"
-        first, _, trace = text.partition("\n")
-        shown = {"error": first, **({"traceback": trace} if trace and outcome.verb == "fail" else {})}
-        log(event, consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, **shown)
-
-    def _log_lost(self, job: Job, reason: BaseException) -> None:
-        settled = self._leases.settled_as(job)
-        if settled is None:
-            log("lost", consumer=self.name, job=job.id, reason=reason)
-        else:
-            log("settled by the task", consumer=self.name, job=job.id, task=job.task, now=settled)
-
     # Completing
 
-    def _take_finished(self) -> list[tuple[Job, Any]]:
-        finished, self._finished = self._finished, []
-        return finished
-
     def _log_completed(self, jobs: list[Job], lost: list[Job]) -> None:
-        settled = {job.id: self._leases.settled_as(job) for job in lost}
-        gone = [job for job in lost if settled[job.id] is None]
-        others = [job for job in lost if settled[job.id] not in (None, "completed")]
-        done = [job for job in jobs if job not in gone and job not in others] if lost else jobs
-        self._fields[fields.COMPLETED] += len(done)
-        self._fields[fields.FAILED] += sum(1 for job in others if settled[job.id] == "failed")
-        log_completed(self.name, done, gone, quiet=self.quiet)
-        for job in others:
-            log("settled by the task", consumer=self.name, job=job.id, task=job.task, now=settled[job.id])
+        for job in lost:
+            settled = self._leases.settled_as(job)
+            if settled != "completed":
+                jobs = [each for each in jobs if each != job]
+                self._fields[fields.FAILED] += settled == "failed"
+                self._log_lost(job, "its lease", settled)
+        self._fields[fields.COMPLETED] += len(jobs)
+        if not self.quiet:
+            log_completed(self.name, jobs)
 
     def _return_jobs(self) -> None:
         """Before the end, complete the finished jobs and release those that were not started."""
-        finished = self._take_finished()
         with suppress(QueueError):
-            self._complete_and_dequeue(finished, 0)
+            self._complete_and_dequeue(0)
         while self._waiting:
             self._release(self._waiting.popleft())
 
