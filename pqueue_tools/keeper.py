@@ -639,29 +639,21 @@ class Keeper:
         program = getattr(sys.modules["__main__"], "__file__", None)
         ours = [f'"{path}' for path in (Path(__file__).parent, pqueue_tasks.__file__, program, sys.argv[0]) if path]
         of_slot = self._thread(slot)
-        for thread, lines in self._threads():
-            if of_slot in (0, thread):
-                yield from (line for line in lines if not any(path in line for path in ours))
-
-    def _threads(self) -> Iterator[tuple[int, list[str]]]:
-        """Yield the threads in the traceback that the worker wrote, with their lines; 0: the text before them."""
-        with suppress(OSError):
-            text = os.pread(self._dump, 1 << 20, 0).decode(errors="replace").rstrip("\0\n")
-            number, lines = 0, list[str]()
-            for line in text.splitlines():
-                if head := re.match("(Current thread|Thread) 0x([0-9a-f]+)", line):
-                    yield number, lines
-                    number, lines = int(head[2], 16), []
-                lines.append(line)
-            yield number, lines
+        before, *threads = re.split(r"(?m)^(?=(?:Current thread|Thread) 0x([0-9a-f]+))", self._dumped())
+        for number, text in [("0", before), *zip(threads[::2], threads[1::2], strict=True)]:
+            if of_slot in (0, int(number, 16)):
+                yield from (line for line in text.splitlines() if not any(path in line for path in ours))
 
     def _faulty_thread(self) -> int | None:
         """Return the thread in which a fault has ended the worker; None: unknown."""
+        found = re.search("Fatal Python error(?s:.*?)Current thread 0x([0-9a-f]+)", self._dumped())
+        return int(found[1], 16) if found else None
+
+    def _dumped(self) -> str:
+        """Return the traceback that the worker wrote."""
         with suppress(OSError):
-            text = os.pread(self._dump, 1 << 20, 0).decode(errors="replace")
-            if found := re.search("Fatal Python error(?s:.*?)Current thread 0x([0-9a-f]+)", text):
-                return int(found[1], 16)
-        return None
+            return os.pread(self._dump, 1 << 20, 0).decode(errors="replace").rstrip("\0\n")
+        return ""
 
     # Signals
 

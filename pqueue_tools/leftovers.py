@@ -95,40 +95,33 @@ def kept(name: str, mapping: dict[Any, Any], wanted: Callable[[Any], bool] = boo
     return Setting(name, lambda: before.items() <= mapping.items(), lambda _: mapping.update(before))
 
 
-class Code:
+class Code(Setting):
     """The functions, classes and modules that a module, a class or an object refers to by its names.
 
     hides: returns whether a new name would hide something.
     """
 
-    is_fatal = True
-
     def __init__(self, owner: Any, hides: Callable[[str], bool]) -> None:
         names = [name for name, value in vars(owner).items() if _is_code(value)]
-        self.name = f"functions of {getattr(owner, '__name__', 'the queue')}"
-        self._owner, self._hides = owner, hides
+        self._owner, self._hides, self._number = owner, hides, len(vars(owner))
         self._names = [*names, *names[:1]]  # at least two, or none, so that a tuple is read
-        self._read: Callable[[Any], Any] = itemgetter(*self._names) if names else lambda _: ()
-        self._before, self._number = self._read(vars(owner)), len(vars(owner))
+        self._get: Callable[[Any], Any] = itemgetter(*self._names) if names else lambda _: ()
+        name = f"functions of {getattr(owner, '__name__', 'the queue')}"
+        super().__init__(name, lambda: self._get(vars(owner)), self._set, is_fatal=True)
 
     def has_changed(self) -> bool:
         try:
             values = vars(self._owner)
-            return bool(self._read(values) != self._before or (len(values) > self._number and self._new()))
+            return bool(self._get(values) != self.before or (len(values) > self._number and self._new()))
         except BaseException:  # deleted, or not comparable
             return True
 
-    def undo(self) -> bool:
-        """Restore it; return whether that succeeded."""
-        try:
-            for name, value in zip(self._names, self._before, strict=True):
-                if vars(self._owner).get(name) is not value:
-                    setattr(self._owner, name, value)
-            for name in self._new():
-                delattr(self._owner, name)
-        except BaseException:
-            return False
-        return not self.has_changed()
+    def _set(self, before: tuple[Any, ...]) -> None:
+        for name, value in zip(self._names, before, strict=True):
+            if vars(self._owner).get(name) is not value:
+                setattr(self._owner, name, value)
+        for name in self._new():
+            delattr(self._owner, name)
 
     def _new(self) -> list[str]:
         known = set(self._names)
@@ -355,7 +348,7 @@ class ProcessState:
             self.must_end = True
             yield f"the process {pid} ({processes.name(pid)})"
 
-    def undo(self, settings: Sequence[Setting | Code]) -> Iterator[str]:
+    def undo(self, settings: Sequence[Setting]) -> Iterator[str]:
         """Restore these settings one by one, and yield the names of those that had changed."""
         for setting in settings:
             if setting.has_changed():
