@@ -109,13 +109,12 @@ INSPECT, JOBS, QUEUES, DATA, SYSTEM = "Inspect", "Jobs", "Queues", "Data", "Syst
 
 
 def command(
-    group: str, name: str, *parameters: Parameter, opens: bool = True, aliases: tuple[str, ...] = (), examples: str = ""
+    group: str, name: str, *parameters: Parameter, **more: Any
 ) -> Callable[[Callable[..., CommandResult]], Any]:
-    """Make a function a command. Each line of `examples` is one."""
-    shown = tuple(line.strip() for line in examples.strip().split("\n") if line)
+    """Make a function a command; `more` are other fields of the `Command`."""
 
     def register(function: Callable[..., CommandResult]) -> Callable[..., CommandResult]:
-        COMMANDS[name] = Command(name, function, (*parameters, *OPTIONS), opens, group, aliases, shown)
+        COMMANDS[name] = Command(name, function, (*parameters, *OPTIONS), group, **more)
         return function
 
     return register
@@ -190,11 +189,12 @@ FAILED_COLUMNS = ("id", "queue", "task", "attempts", "consumer", "finished_at", 
     *FILTER_OPTIONS,
     *PAGE_OPTIONS,
     aliases=("jobs",),
-    examples="""
-    jobs --status failed --since 1h
-    jobs --task send_mail --text ada@example.org
-    jobs --status failed,cancelled --payload customer=7
-    jobs --status pending -o json --columns id,queue,payload""",
+    examples=(
+        "jobs --status failed --since 1h",
+        "jobs --task send_mail --text ada@example.org",
+        "jobs --status failed,cancelled --payload customer=7",
+        "jobs --status pending -o json --columns id,queue,payload",
+    ),
 )
 def list_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """List jobs, newest first."""
@@ -216,9 +216,7 @@ def _listed(queue: PersistentQInterface, options: argparse.Namespace, columns: t
     *PAGE_OPTIONS,
     Parameter("--all", "list the jobs instead of counting them", flag=True),
     aliases=("failed",),
-    examples="""
-    failed
-    failed --all --task send_mail --limit 5""",
+    examples=("failed", "failed --all --task send_mail --limit 5"),
 )
 def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Count the failed jobs by task and error, or list them."""
@@ -238,7 +236,7 @@ def _last_error(queue: PersistentQInterface, group: dict[str, Any]) -> str:
     return last_error(group, error)
 
 
-@command(INSPECT, "show", JOB_ID, examples="show 17")
+@command(INSPECT, "show", JOB_ID, examples=("show 17",))
 def show(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Show everything about a job, including its history."""
     job, events = queue.get(options.job_id), history(queue, options.job_id)
@@ -263,7 +261,7 @@ def _shown(key: str, value: Any, now: float) -> str:
     return printable(for_people(key, value, now))
 
 
-@command(INSPECT, "why", JOB_ID, examples="why 17")
+@command(INSPECT, "why", JOB_ID, examples=("why 17",))
 def why_command(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Explain in one sentence why a job is not running, or what it is doing."""
     sentence = why(queue, options.job_id)
@@ -276,7 +274,7 @@ def why_command(queue: PersistentQInterface, options: argparse.Namespace) -> Com
     JOB_ID,
     Parameter("--directory", "folder of the logs", path, str(supervisor.LOGS), "DIR"),
     opens=False,
-    examples="logs 17",
+    examples=("logs 17",),
 )
 def logs(_: None, options: argparse.Namespace) -> CommandResult:
     """Print what the consumers logged about a job, from the files that Supervisor writes, oldest first."""
@@ -302,10 +300,7 @@ def logs(_: None, options: argparse.Namespace) -> CommandResult:
         "|".join(BY),
     ),
     Parameter("--since", "what happened since then: 15m, 7d, or an ISO 8601 time", moment, metavar="TIME"),
-    examples="""
-    stats -o json
-    stats --by task
-    stats --by queue --since 1h""",
+    examples=("stats -o json", "stats --by task", "stats --by queue --since 1h"),
 )
 def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Count jobs by queue and state, or count what happened to them, by queue or task."""
@@ -349,11 +344,12 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
         OneOf("fail", "run"),
         metavar="WHAT",
     ),
-    examples="""
-    enqueue send_mail '{"to": "ada@example.org"}'
-    enqueue send_mail '{"to": "ada@example.org"}' --delay 1h --key ada
-    enqueue report --key nightly --key-for 20h
-    enqueue album --after 17,18""",
+    examples=(
+        """enqueue send_mail '{"to": "ada@example.org"}'""",
+        """enqueue send_mail '{"to": "ada@example.org"}' --delay 1h --key ada""",
+        "enqueue report --key nightly --key-for 20h",
+        "enqueue album --after 17,18",
+    ),
 )
 def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Enqueue a job and print its id."""
@@ -428,10 +424,11 @@ def _ids(job_ids: list[int]) -> str:
     Parameter("--rate", "spread them over time: 10/1s runs 10 in each second", rate, metavar="N/DURATION"),
     YES,
     aliases=("retry",),
-    examples="""
-    resubmit 17 18
-    resubmit --status failed --task send_mail --since 1d
-    resubmit --status failed --delay 10m --rate 10/1s""",
+    examples=(
+        "resubmit 17 18",
+        "resubmit --status failed --task send_mail --since 1d",
+        "resubmit --status failed --delay 10m --rate 10/1s",
+    ),
 )
 def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Run finished jobs again, with a full number of attempts: now, or at a rate."""
@@ -455,7 +452,7 @@ def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> Comman
     *FILTER_OPTIONS,
     Parameter("--error", "error to record", not_blank, "marked as failed", "TEXT"),
     YES,
-    examples="mark-failed 17 --error 'not needed'",
+    examples=("mark-failed 17 --error 'not needed'",),
 )
 def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Mark unfinished jobs as failed; a running job loses its lease."""
@@ -470,14 +467,7 @@ def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> Com
 
 
 @command(
-    JOBS,
-    "cancel",
-    JOB_IDS,
-    *FILTER_OPTIONS,
-    YES,
-    examples="""
-    cancel 17
-    cancel --status pending --queue newsletter""",
+    JOBS, "cancel", JOB_IDS, *FILTER_OPTIONS, YES, examples=("cancel 17", "cancel --status pending --queue newsletter")
 )
 def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Cancel unfinished jobs; a running job loses its lease."""
@@ -486,16 +476,7 @@ def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     )
 
 
-@command(
-    JOBS,
-    "run-now",
-    JOB_IDS,
-    *FILTER_OPTIONS,
-    YES,
-    examples="""
-    run-now 17
-    run-now --queue newsletter""",
-)
+@command(JOBS, "run-now", JOB_IDS, *FILTER_OPTIONS, YES, examples=("run-now 17", "run-now --queue newsletter"))
 def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Make scheduled and waiting jobs pending, whenever they are due and whatever they wait for."""
     return _act(
@@ -516,10 +497,11 @@ def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> Command
     Parameter("--max-attempts", "new maximum number of attempts", whole_number(1, MAX_NUMBER), metavar="N"),
     EXPIRE,
     Parameter("--resubmit", "change a finished job, and run it again", flag=True),
-    examples="""
-    change 17 --priority 5 --delay 10m
-    change 17 --to-queue slow
-    change 17 --payload '{"amount": 7}' --resubmit""",
+    examples=(
+        "change 17 --priority 5 --delay 10m",
+        "change 17 --to-queue slow",
+        """change 17 --payload '{"amount": 7}' --resubmit""",
+    ),
 )
 def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Change a job that no consumer has taken, or a finished one that is to run again."""
@@ -557,9 +539,7 @@ def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     Parameter("consumer", "name of the consumer", metavar="CONSUMER_ID", optional=True),
     Parameter("--any", "allow any consumer again", flag=True),
     YES,
-    examples="""
-    assign-job 17 consumer_00
-    assign-job 17 --any""",
+    examples=("assign-job 17 consumer_00", "assign-job 17 --any"),
 )
 def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Allow only one consumer to run a job. If another is running it, that one loses its lease."""
@@ -589,10 +569,11 @@ def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
     Parameter("--timeout", "interrupt the task after this time", duration_between("0.1s", "1d"), "60s", "DURATION"),
     Parameter("--pdb", "if the task raises, start the debugger where it did", flag=True),
     Parameter("--save", "write a test that runs the payload again, test_NAME.py", test_file, metavar="FILE"),
-    examples="""
-    replay 17 --import tasks
-    replay 17 --import tasks --pdb
-    replay 17 --import tasks --save test_job_17.py""",
+    examples=(
+        "replay 17 --import tasks",
+        "replay 17 --import tasks --pdb",
+        "replay 17 --import tasks --save test_job_17.py",
+    ),
 )
 def replay(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Run the task of a finished job here, and show what it would change. Nothing changes in the queue; other effects
@@ -604,16 +585,16 @@ def replay(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     return tool.command(queue, options)
 
 
-@command(QUEUES, "pause", QUEUE, examples="pause newsletter")
+@command(QUEUES, "pause", QUEUE, examples=("pause newsletter",))
 def pause(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Deliver no jobs from a queue until it is resumed. Running jobs continue."""
-    return _set_queue(queue, options, queue.pause, "paused")
+    return _change(queue, "queue", options.queue, queue.pause, "paused")
 
 
-@command(QUEUES, "resume", QUEUE, examples="resume newsletter")
+@command(QUEUES, "resume", QUEUE, examples=("resume newsletter",))
 def resume(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Deliver jobs from a paused queue again."""
-    return _set_queue(queue, options, queue.resume, "resumed")
+    return _change(queue, "queue", options.queue, queue.resume, "resumed")
 
 
 def _weight(text: str) -> float:
@@ -628,9 +609,6 @@ _rate = or_word("none", (), rate)
 _duration_or_forever = or_word("forever", [None], lambda text: [duration(text)])  # a list, as the value may be None
 
 
-LIMITS = {"max_pending": "pending jobs", "running": "running jobs", "rate": "the rate"}
-
-
 @command(
     QUEUES,
     "limit",
@@ -640,11 +618,7 @@ LIMITS = {"max_pending": "pending jobs", "running": "running jobs", "rate": "the
     Parameter(
         "--rate", "maximum number of jobs of each group that begin in a time, or none", _rate, metavar="N/DURATION|none"
     ),
-    examples="""
-    limit newsletter 100000
-    limit newsletter none
-    limit sync --running 2
-    limit api --rate 10/1s""",
+    examples=("limit newsletter 100000", "limit newsletter none", "limit sync --running 2", "limit api --rate 10/1s"),
 )
 def limit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Limit the pending jobs of a queue, or the running jobs or the rate of each of its groups."""
@@ -652,16 +626,16 @@ def limit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     given = {name: value or None for name, value in given.items() if value is not None}
     if not given:
         raise UsageError("limit: expected a number of pending jobs or none, --running or --rate")
-    texts: dict[str, Callable[[Any], str]] = {
-        "max_pending": lambda most: count(most, "pending job"),
-        "running": lambda most: f"{count(most, 'running job')} of each group",
-        "rate": lambda rate: f"{count(rate[0], 'job')} of each group in {interval(rate[1])}",
+    texts: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "max_pending": ("pending jobs", lambda most: count(most, "pending job")),
+        "running": ("running jobs", lambda most: f"{count(most, 'running job')} of each group"),
+        "rate": ("the rate", lambda rate: f"{count(rate[0], 'job')} of each group in {interval(rate[1])}"),
     }
-    limits = [text(given[name]) for name, text in texts.items() if given.get(name)]
-    removed = [text for name, text in LIMITS.items() if name in given and not given[name]]
+    limits = [text(given[name]) for name, (_, text) in texts.items() if given.get(name)]
+    removed = [limited for name, (limited, _) in texts.items() if name in given and not given[name]]
     done = [f"limited to {', '.join(limits)}"] if limits else []
     done += [f"has no limit on {' or '.join(removed)}"] if removed else []
-    return _set_queue(queue, options, lambda name: queue.limit(name, **given), " and ".join(done))
+    return _change(queue, "queue", options.queue, lambda name: queue.limit(name, **given), " and ".join(done))
 
 
 @command(
@@ -670,12 +644,12 @@ def limit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     QUEUE,
     Parameter("group", "name of the group", metavar="GROUP"),
     Parameter("weight", "its share, relative to the others, which have 1", _weight, metavar="WEIGHT"),
-    examples="weigh sync customer-7 2",
+    examples=("weigh sync customer-7 2",),
 )
 def weigh(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Give a group of a queue a larger or smaller share."""
     done = f"gives group {options.group} the weight {options.weight:g}"
-    return _set_queue(queue, options, lambda name: queue.weigh(name, options.group, options.weight), done)
+    return _change(queue, "queue", options.queue, lambda name: queue.weigh(name, options.group, options.weight), done)
 
 
 KEPT = "DURATION|forever"
@@ -688,9 +662,7 @@ KEPT = "DURATION|forever"
     Parameter("--completed", "how long to keep completed jobs: 12h, 7d, forever", _duration_or_forever, metavar=KEPT),
     Parameter("--failed", "how long to keep failed jobs", _duration_or_forever, metavar=KEPT),
     Parameter("--cancelled", "how long to keep cancelled jobs", _duration_or_forever, metavar=KEPT),
-    examples="""
-    keep newsletter --completed 1h --failed 7d
-    keep orders --completed forever""",
+    examples=("keep newsletter --completed 1h --failed 7d", "keep orders --completed forever"),
 )
 def keep(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Set how long a queue keeps its finished jobs; consumers then delete them."""
@@ -701,7 +673,7 @@ def keep(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
     shown = [
         f"{state} jobs {'for ever' if value is None else f'for {interval(value)}'}" for state, value in times.items()
     ]
-    return _set_queue(queue, options, lambda name: queue.keep(name, **times), f"keeps {', '.join(shown)}")
+    return _change(queue, "queue", options.queue, lambda name: queue.keep(name, **times), f"keeps {', '.join(shown)}")
 
 
 @command(
@@ -710,10 +682,7 @@ def keep(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
     Parameter("queue", "name of the queue", metavar="QUEUE", optional=True),
     Parameter("task", "name of the task", metavar="TASK", optional=True),
     Parameter("--none", "remove the task", flag=True),
-    examples="""
-    on-failed
-    on-failed orders webhook
-    on-failed orders --none""",
+    examples=("on-failed", "on-failed orders webhook", "on-failed orders --none"),
 )
 def on_failed(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Set the task that handles the failures of a queue, with a job for each; without arguments, list these tasks."""
@@ -726,7 +695,7 @@ def on_failed(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     if options.queue is None or bool(options.task) == options.none:
         raise UsageError("on-failed: expected QUEUE TASK, QUEUE --none, or no arguments")
     done = f"has the failure handler {options.task}" if options.task else "has no failure handler"
-    return _set_queue(queue, options, lambda name: queue.on_failed(name, options.task), done)
+    return _change(queue, "queue", options.queue, lambda name: queue.on_failed(name, options.task), done)
 
 
 def _share(text: str) -> float:
@@ -744,10 +713,7 @@ def _share(text: str) -> float:
     Parameter("--max-wait", "how long a due job may wait: 90s, 15m", duration, metavar="DURATION"),
     Parameter("--max-failed", "share of failed attempts of a task in 15 minutes: 0.2, 20%", _share, metavar="SHARE"),
     Parameter("--default", "the defaults: 10m and 20%", flag=True),
-    examples="""
-    expect
-    expect newsletter --max-wait 2h --max-failed 50%
-    expect newsletter --default""",
+    examples=("expect", "expect newsletter --max-wait 2h --max-failed 50%", "expect newsletter --default"),
 )
 def expect(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Set the thresholds from which doctor and the dashboard report a queue; without arguments, list them."""
@@ -760,7 +726,7 @@ def expect(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     values = {} if options.default else {**known.get(options.queue, Expectation())._asdict(), **given}
     wait, share = Expectation(**values)
     done = f"is reported when a job has waited for {interval(wait)}, or {share * 100:g}% of attempts have failed"
-    return _set_queue(queue, options, lambda name: queue.expect(name, **values), done)
+    return _change(queue, "queue", options.queue, lambda name: queue.expect(name, **values), done)
 
 
 @command(INSPECT, "retention")
@@ -769,13 +735,8 @@ def retention(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     return CommandResult(queue.retention())
 
 
-def _set_queue(
-    queue: PersistentQInterface, options: argparse.Namespace, act: Callable[[str], None], done: str
-) -> CommandResult:
-    return _change("queue", options.queue, queue.stats()["queues"], act, done)
-
-
-def _change(kind: str, name: str, known: Iterable[str], act: Callable[[str], object], done: str) -> CommandResult:
+def _change(queue: PersistentQInterface, kind: str, name: str, act: Callable[[str], Any], done: str) -> CommandResult:
+    known = queue.stats()["queues"] if kind == "queue" else [each.name for each in queue.schedules()]
     if name not in known:
         raise Problem(f"no {kind} {name!r}; there are: {', '.join(known) or 'none'}")
     act(name)
@@ -810,9 +771,10 @@ def schedules(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     Parameter("--queue", "queue of the jobs", default="default", metavar="QUEUE"),
     Parameter("--group", "group of the jobs", metavar="GROUP"),
     Parameter("--priority", "higher runs first", _priority, "0", "N"),
-    examples="""
-    schedule nightly clean_up --cron '30 2 * * *' --zone Europe/Berlin
-    schedule pulse check '{"host": "db"}' --every 5m""",
+    examples=(
+        "schedule nightly clean_up --cron '30 2 * * *' --zone Europe/Berlin",
+        """schedule pulse check '{"host": "db"}' --every 5m""",
+    ),
 )
 def schedule(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Enqueue a job of a task at certain times, or change when."""
@@ -833,28 +795,22 @@ def schedule(queue: PersistentQInterface, options: argparse.Namespace) -> Comman
     return CommandResult([{"schedule": options.schedule, "done": "saved"}], f"schedule {options.schedule} saved")
 
 
-@command(QUEUES, "pause-schedule", SCHEDULE, examples="pause-schedule nightly")
+@command(QUEUES, "pause-schedule", SCHEDULE, examples=("pause-schedule nightly",))
 def pause_schedule(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Enqueue no jobs of a schedule until it is resumed."""
-    return _change_schedule(queue, options, queue.pause_schedule, "paused")
+    return _change(queue, "schedule", options.schedule, queue.pause_schedule, "paused")
 
 
-@command(QUEUES, "resume-schedule", SCHEDULE, examples="resume-schedule nightly")
+@command(QUEUES, "resume-schedule", SCHEDULE, examples=("resume-schedule nightly",))
 def resume_schedule(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Enqueue jobs of a paused schedule again, from its next time on."""
-    return _change_schedule(queue, options, queue.resume_schedule, "resumed")
+    return _change(queue, "schedule", options.schedule, queue.resume_schedule, "resumed")
 
 
-@command(QUEUES, "unschedule", SCHEDULE, examples="unschedule nightly")
+@command(QUEUES, "unschedule", SCHEDULE, examples=("unschedule nightly",))
 def unschedule(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Delete a schedule; its jobs stay. One that a task declares is saved again when a consumer starts."""
-    return _change_schedule(queue, options, queue.unschedule, "deleted")
-
-
-def _change_schedule(
-    queue: PersistentQInterface, options: argparse.Namespace, act: Callable[[str], object], done: str
-) -> CommandResult:
-    return _change("schedule", options.schedule, [each.name for each in queue.schedules()], act, done)
+    return _change(queue, "schedule", options.schedule, queue.unschedule, "deleted")
 
 
 @command(INSPECT, "consumers", Parameter("--all", "include stopped and dead consumers", flag=True))
@@ -871,7 +827,7 @@ def consumers(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     "prune",
     Parameter("--older-than", "minimum time since the job finished: 12h, 7d", duration, metavar="DURATION"),
     Parameter("--status", "only jobs in this state", OneOf(*pqueue.FINISHED), metavar="STATE", short="--state"),
-    examples="prune --older-than 7d --status completed",
+    examples=("prune --older-than 7d --status completed",),
 )
 def prune(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Delete old finished jobs, in short transactions while consumers run."""
@@ -884,7 +840,7 @@ def prune(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
 
 
 @command(
-    DATA, "backup", Parameter("file", "new file for the copy", path, metavar="FILE"), examples="backup var/backup.db"
+    DATA, "backup", Parameter("file", "new file for the copy", path, metavar="FILE"), examples=("backup var/backup.db",)
 )
 def backup(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Write a consistent, verified copy of the database while other programs use it."""
@@ -910,16 +866,14 @@ def restore(_: None, options: argparse.Namespace) -> CommandResult:
     Parameter("--finish", "move jobs that were enqueued since, and delete the jobs of the old queue", flag=True),
     Parameter("--cancel", "cancel the move, and deliver from the old queue again", flag=True),
     YES,
-    examples="""
-    move --to var/copy.db
-    move --to var/copy.db --finish""",
+    examples=("move --to var/copy.db", "move --to var/copy.db --finish"),
 )
 def move(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Copy a live queue into an empty one of any backend. The old one is paused; --finish deletes its jobs."""
     return moving.move(queue, options)
 
 
-@command(DATA, "compact", examples="compact")
+@command(DATA, "compact", examples=("compact",))
 def compact(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Give the space of deleted jobs back to the disk, in short steps while other programs use the database."""
     freed = queue.compact(progress=lambda n: show_progress(f"{size(n)} left"))
@@ -1006,7 +960,7 @@ def _unlink(directory: Path, names: list[str]) -> int:
     return len(names)
 
 
-@command(SYSTEM, "doctor", examples="doctor -o json")
+@command(SYSTEM, "doctor", examples=("doctor -o json",))
 def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Check the database and the system; the exit code is 1 if a problem is found."""
     facts, stats = queue.check(), queue.stats()
@@ -1078,7 +1032,7 @@ def monitor(_: None, options: argparse.Namespace) -> CommandResult:
 # Completion ###########################################################################################################
 
 
-@command(SYSTEM, "completion", opens=False, examples="completion")
+@command(SYSTEM, "completion", opens=False, examples=("completion",))
 def completion(_: None, options: argparse.Namespace) -> CommandResult:
     """Print a bash script that completes commands, options, states, queues, tasks, consumers and jobs."""
     program = program_name("admin")

@@ -81,8 +81,8 @@ class Command:
     name: str
     function: Callable[..., Any]
     parameters: tuple[Parameter, ...]
-    opens: bool
     group: str  # the heading of the overview under which it is listed
+    opens: bool = True
     aliases: tuple[str, ...] = ()
     examples: tuple[str, ...] = ()  # without the name of the program
 
