@@ -119,11 +119,9 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
 
 def _report_unknown_queues(queue: PersistentQInterface, options: argparse.Namespace) -> None:
     """Log those of the given queues that never had a job: their names may be misspelt."""
-    if not options.queues:
-        return
     with suppress(QueueError):
         known = queue.stats()["queues"]
-        if unknown := ",".join(name for name in options.queues if name not in known):
+        if unknown := ",".join(name for name in options.queues or () if name not in known):
             reason = f"no job was ever in this queue; there are: {', '.join(known) or 'none'}"
             log("nothing to drain", "warning", consumer=options.name, queues=unknown, reason=reason)
 
@@ -166,32 +164,17 @@ def _parser() -> argparse.ArgumentParser:
     default = os.environ.get("SUPERVISOR_PROCESS_NAME") or f"{socket.gethostname()}-{os.getpid()}"
     add("--name", default=default, help="name of this consumer (default: its Supervisor name, or HOST-PID)")
     add("--queue", dest="queues", action="append", metavar="QUEUE", help="serve this queue; repeatable (default: all)")
-    add(
-        "--import",
-        dest="modules",
-        action="append",
-        type=module_name,
-        default=[],
-        metavar="MODULE",
-        help="a module with tasks; repeatable",
-    )
-    add(
-        "--directory", type=folder, default=file_task.files_directory, help="folder of job files (default: %(default)s)"
-    )
+    text = "a module with tasks; repeatable"
+    add("--import", dest="modules", action="append", type=module_name, default=[], metavar="MODULE", help=text)
+    text = "folder of job files (default: %(default)s)"
+    add("--directory", type=folder, default=file_task.files_directory, help=text)
     add("--quiet", action="store_true", help="do not log completed jobs")
-    add(
-        "--log-level", choices=LEVELS, default="info", help="lowest level to log, also for tasks (default: %(default)s)"
-    )
+    text = "lowest level to log, also for tasks (default: %(default)s)"
+    add("--log-level", choices=LEVELS, default="info", help=text)
     add("--log-format", choices=("text", "json"), default="text", help="format of the log (default: %(default)s)")
     add("--drain", action="store_true", help="stop when no job is pending; the exit code is 1 if jobs failed")
-    add(
-        "--wait",
-        type=seconds(0),
-        nargs="?",
-        const=float("inf"),
-        metavar="S",
-        help="with --drain, also wait for retries and other jobs that fall due within S seconds (default: at any time)",
-    )
+    text = "with --drain, also wait for retries and other jobs that fall due within S seconds (default: at any time)"
+    add("--wait", type=seconds(0), nargs="?", const=float("inf"), metavar="S", help=text)
     text = "run up to N jobs at the same time: async tasks in an event loop, others in threads (default: %(default)s)"
     add("--concurrency", type=whole_number(1, MAX_CONCURRENCY), default=1, metavar="N", help=text)
     add("--max-jobs", type=whole_number(1), metavar="N", help="start a new worker process after N jobs")

@@ -101,13 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     actions.add_argument("--start", type=not_blank, metavar="CONSUMER", help="start one process, such as consumer_00")
     actions.add_argument("--stop", type=not_blank, metavar="CONSUMER", help="stop one process")
     add = parser.add_argument
-    add(
-        "--size",
-        type=whole_number(1, 1000),
-        default=GROUP_SIZE,
-        metavar="N",
-        help="consumers in a group (default: %(default)s)",
-    )
+    text = "consumers in a group (default: %(default)s)"
+    add("--size", type=whole_number(1, 1000), default=GROUP_SIZE, metavar="N", help=text)
     text = "serve this queue; repeatable (default: all)"
     add("--queue", dest="queues", action="append", type=not_blank, metavar="QUEUE", help=text)
     text = "how many jobs each consumer runs at the same time (default: %(default)s)"

@@ -87,7 +87,8 @@ class Producer:
 
     def _write(self, name: str, new: Path) -> IO[str]:
         """Write the file durably under both names and return it, locked. On failure, delete it."""
-        file = self._create(new)
+        number = file_task.create_locked(new, os.O_RDWR | os.O_EXCL)
+        file = os.fdopen(number, "w", encoding="utf-8")
         try:
             pqueue_files.share_as_folder(file.fileno(), self.directory)
             file.write(_random_lines())
@@ -107,15 +108,6 @@ class Producer:
                 file.close()  # flushes again
             raise
         return file
-
-    def _create(self, new: Path) -> IO[str]:
-        """Create the file and lock it; create it again if a producer that starts has locked and deleted it first."""
-        while True:
-            with suppress(FileExistsError):
-                file = os.fdopen(pqueue_files.open_own(new, os.O_RDWR | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8")
-                if pqueue_files.try_lock(file.fileno()) and os.fstat(file.fileno()).st_nlink:
-                    return file
-                file.close()
 
     def recover(self) -> None:
         """Complete or undo what killed producers left. The files of running producers are locked."""

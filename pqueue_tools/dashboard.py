@@ -205,7 +205,7 @@ class FigureCache:
             "overview": _overview,
             "hour": _hour,
             "days": _Days(),
-            "processing": _processing,
+            "processing": lambda queue: queue.list_jobs(state="processing", limit=JOBS_PER_PAGE, excerpt=0),
             "failures": _failures,
             "consumers": _consumers,
             "handlers": PersistentQInterface.handlers,
@@ -300,7 +300,7 @@ class FigureCache:
         if not computed.keys() >= set(wanted):
             raise QueueError("counting the jobs …")
         overview = computed["overview"]
-        found = report.by_severity(overview["findings"] + report.program_findings(computed["processes"]))
+        found = report.by_severity([*overview["findings"], *report.program_findings(computed["processes"])])
         return {
             **computed,
             "minutes": computed["hour"]["minutes"],
@@ -448,6 +448,12 @@ def _hour(queue: PersistentQInterface) -> dict[str, list[Any]]:
     return {"minutes": _series(found, starts), "found": found, "queues": _rows(found, starts, by_task=False)}
 
 
+def periods(figures: dict[str, Any], last: str) -> list[dict[str, Any]]:
+    """Return the figures of the periods of a range: one of DAYS, or else an hour."""
+    shown: list[dict[str, Any]] = figures["days"][last] if last in DAYS else figures["minutes"]
+    return shown
+
+
 def _starts(step: int) -> list[float]:
     """Return when the last periods of this length began, including the current one."""
     first = report.range_start(step * PERIODS, report.now_shown())
@@ -532,10 +538,6 @@ def _settings(queue: PersistentQInterface) -> dict[str, dict[str, Any]]:
         if each["deleted_at"] is not None:
             settings["deleted_at"] = min(each["deleted_at"], settings["deleted_at"] or math.inf)
     return found
-
-
-def _processing(queue: PersistentQInterface) -> list[Job]:
-    return queue.list_jobs(state="processing", limit=JOBS_PER_PAGE, excerpt=0)
 
 
 def _consumers(queue: PersistentQInterface) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def _part(
     elif part == "tiles":
         shown = tiles(dashboard.tiles(figures["overview"]), lambda state: _address("jobs", {"state": state}))
     elif part == "charts":
-        shown = _charts(which, figures, query)
+        shown = _ranges(which, query) + charts(dashboard.periods(figures, one(query, "last")))
     elif part == "task":
         shown = _task(which, figures, query)
     elif part == "search":
@@ -82,12 +82,8 @@ def _part(
     return f'<section id="{key}">{shown}</section>'
 
 
-def _charts(which: Page, figures: dict[str, Any], query: Query) -> str:
-    """Return the charts of a range, one of DAYS or else an hour, and links to the others."""
-    return _ranges(which, query) + charts(_periods(figures, query))
-
-
 def _ranges(which: Page, query: Query) -> str:
+    """Return links to the ranges of the charts."""
     last = one(query, "last")
     current = {last if last in dashboard.DAYS else "1 h": ' aria-current="true"'}
     given = dashboard.given(query)
@@ -99,18 +95,12 @@ def _ranges(which: Page, query: Query) -> str:
     return f'<p class="ranges">last {links}</p>'
 
 
-def _periods(figures: dict[str, Any], query: Query) -> list[dict[str, Any]]:
-    last = one(query, "last")
-    periods: list[dict[str, Any]] = figures["days"][last] if last in dashboard.DAYS else figures["minutes"]
-    return periods
-
-
 def _task(which: Page, figures: dict[str, Any], query: Query) -> str:
     """Return what happened to the jobs of a task within a range."""
     handler = tables.handled_by(figures)
     return f"""<h2>{text(tables.task_title(query))}</h2>{_ranges(which, query)}
 {tiles(dashboard.task_tiles(figures["total"]), lambda state: _address("jobs", tables.task_jobs(query, state)))}
-{charts(_periods(figures, query))}{f'<p class="soft">{text(handler)}</p>' if handler else ""}"""
+{charts(dashboard.periods(figures, one(query, "last")))}{f'<p class="soft">{text(handler)}</p>' if handler else ""}"""
 
 
 def _frame(
@@ -222,12 +212,9 @@ def _titled(table: Table, rows: list[Any], token: str, back: str, most: int | No
     """Return a table with its title and, if it has more than `most` rows, a link to all of them."""
     shown, hidden = rows[: most or table.most], ""
     if len(rows) > len(shown):
-        more = tables.more(table, len(rows) - len(shown))
-        hidden = (
-            f'<p><a href="{_address(tables.page_of(table.key))}">{text(more)}</a></p>'
-            if most
-            else (f'<p class="soft">{text(more)}</p>')
-        )
+        more = text(tables.more(table, len(rows) - len(shown)))
+        link = f'<a href="{_address(tables.page_of(table.key))}">{more}</a>'
+        hidden = f"<p>{link}</p>" if most else f'<p class="soft">{more}</p>'
     return f"<h2>{table.title}</h2>{_table(table, shown, token, back)}{hidden}"
 
 
@@ -257,11 +244,8 @@ def _cell(column: Column, row: Any) -> str:  # noqa: PLR0911 - one for each kind
     if column.kind == "long":
         first, _, rest = value.partition("\n")
         lines = "\n".join(text(line) for line in rest.split("\n"))
-        return (
-            f"<details><summary>{text(report.cut(first, 300))}</summary><pre>{lines}</pre></details>"
-            if rest
-            else text(first)
-        )
+        unfolds = f"<details><summary>{text(report.cut(first, 300))}</summary><pre>{lines}</pre></details>"
+        return unfolds if rest else text(first)
     shown = str(value) if column.kind == "html" else text(f"{value:,}" if isinstance(value, int) else value)
     if column.width == "fold" and ", " in shown:
         shown = shown.replace(" ", "&nbsp;").replace(",&nbsp;", ", ")
@@ -327,9 +311,8 @@ def _search(which: Page, figures: dict[str, Any], jobs: dashboard.JobPage, query
     if before is not None:
         links.append(f'<a href="{_address(which.name, {**given, "before_id": before})}">{tables.older_jobs(jobs)}</a>')
     pages = f"<p>{' · '.join(links)}</p>" if links else ""
-    enqueue = (
-        _ENQUEUE.format(prefix=prefix(), hidden=_hidden({}, token, back)) if token and which.name == "jobs" else ""
-    )
+    can_enqueue = token and which.name == "jobs"
+    enqueue = _ENQUEUE.format(prefix=prefix(), hidden=_hidden({}, token, back)) if can_enqueue else ""
     return f"<h2>{tables.search_title(which)}</h2>{_filter_form(which, figures, query)}{enqueue}{table}{pages}"
 
 

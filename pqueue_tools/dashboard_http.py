@@ -79,7 +79,7 @@ class Server(ThreadingHTTPServer):
         self.cache = dashboard.FigureCache()
         self.password = password
         self.token = secrets.token_urlsafe()
-        self._messages: dict[str, str] = {}
+        self.messages: dict[str, str] = {}
         self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
         # Render one response at a time, because it may hold several copies of a large payload; and in one thread,
         # because each thread would keep its own database connection and cache.
@@ -130,14 +130,10 @@ class Server(ThreadingHTTPServer):
     def keep_message(self, sentence: str) -> str:
         """Store a message for the next page and return its key: the URL must not contain the text."""
         number = secrets.token_urlsafe(8)
-        self._messages[number] = sentence
-        for old in list(self._messages)[:-MAX_MESSAGES]:
-            self._messages.pop(old, None)
+        self.messages[number] = sentence
+        for old in list(self.messages)[:-MAX_MESSAGES]:
+            self.messages.pop(old, None)
         return number
-
-    def pop_message(self, number: str) -> str:
-        """Return and delete a message."""
-        return self._messages.pop(number, "")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Do not report clients that disconnected."""
@@ -216,22 +212,17 @@ class Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [])
         if len(hosts) != 1 or not self.server.is_own_host(hosts[0]):
             raise Refused(HTTPStatus.MISDIRECTED_REQUEST, dashboard.OTHER_HOST)
-        if self._is_probe() or self.server.password is None:
+        # A probe of liveness or readiness needs no password, and shows no details
+        is_probe = dashboard.without_prefix(urlsplit(self.path).path) in PROBES
+        if is_probe or self.server.password is None:
             return
-        if not self._has_password(self.server.password):
+        if not hmac.compare_digest(self._login()[1], os.fsencode(self.server.password)):
             if "Authorization" in self.headers:
                 time.sleep(WRONG_PASSWORD_SECONDS)
             raise Refused(
                 HTTPStatus.UNAUTHORIZED,
                 "expected the password; the user name may be any, and is recorded with your actions",
             )
-
-    def _is_probe(self) -> bool:
-        """Return whether this is a probe of liveness or readiness, which needs no password and shows no details."""
-        return dashboard.without_prefix(urlsplit(self.path).path) in PROBES
-
-    def _has_password(self, password: str) -> bool:
-        return hmac.compare_digest(self._login()[1], os.fsencode(password))
 
     def _login(self) -> tuple[bytes, bytes]:
         """Return the user name and the password that were given, or empty ones."""
@@ -291,11 +282,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._health(figures["overview"]["findings"]) if figures else (HTTPStatus.OK, TEXT, b"ready\n")
         if path == "/api/stats":
             listed = [each._asdict() for each in figures["overview"]["findings"]]
-            return (
-                HTTPStatus.OK,
-                JSON,
-                _json({**figures["overview"], "findings": listed, "minutes": figures["minutes"]}),
-            )
+            stats = {**figures["overview"], "findings": listed, "minutes": figures["minutes"]}
+            return HTTPStatus.OK, JSON, _json(stats)
         return HTTPStatus.OK, JSON if _is_data(path) else HTML, self._jobs(path, query, figures)
 
     @staticmethod
@@ -320,7 +308,8 @@ class Handler(BaseHTTPRequestHandler):
         raise Refused(HTTPStatus.NOT_FOUND, "no such page")
 
     def _message(self, query: dashboard.Query) -> str:
-        return self.server.pop_message(dashboard.one(query, "said"))
+        """Return and delete the message that a page with this query shows."""
+        return self.server.messages.pop(dashboard.one(query, "said"), "")
 
     def _trouble(self, path: str, query: dashboard.Query, error: QueueError) -> tuple[str, bytes]:
         if path in PROBES:

@@ -63,7 +63,8 @@ def page() -> None:
     try:
         _figures()
         if job_id := st.query_params.get("job", ""):
-            st.html(_html(f'<p class="menu">{" ".join(map(_menu_link, tables.MENU))}</p>'))
+            links = " ".join(f'<a href="{_link(each.name)}">{each.title}</a>' for each in tables.MENU)
+            st.html(_html(f'<p class="menu">{links}</p>'))
             _section("job", lambda: _job(whole_number(0)(job_id)))
             return
         which = _chosen_page()
@@ -199,10 +200,6 @@ def _title(more: str) -> str:
     return f'<div class="title"><b>{dashboard_summary.text(dashboard.site_name())}</b>{more}</div>'
 
 
-def _menu_link(page: Page) -> str:
-    return f'<a href="{_link(page.name)}">{page.title}</a>'
-
-
 def _is_overview() -> bool:
     """Return whether this is the page that lists the findings."""
     named = tables.PAGES.get(st.query_params.get("page", ""), tables.PAGES[""])
@@ -241,9 +238,8 @@ def _last() -> str:
 
 
 def _draw_charts(figures: dict[str, Any]) -> None:
-    last = st.session_state["last"]
-    series = figures["days"][last] if last in dashboard.DAYS else figures["minutes"]
-    charts = dashboard_summary.charts(series, lambda at, *, has_day: _clock(at)[5 if has_day else 11 : 16])
+    periods = dashboard.periods(figures, st.session_state["last"])
+    charts = dashboard_summary.charts(periods, lambda at, *, has_day: _clock(at)[5 if has_day else 11 : 16])
     st.markdown(_html(charts), unsafe_allow_html=True)  # st.html drops SVG
 
 
@@ -408,12 +404,9 @@ def _config(table: Table, cells: list[dict[str, Any]]) -> dict[str, Any]:
         elif each.kind == "job" and not any(isinstance(value, str) and value[:1].isdigit() for value in values):
             config[each.heading] = st.column_config.LinkColumn(display_text=r"job=(\d+)")
         elif each.kind in ("number", "since", "until"):
-            is_number = all(isinstance(value, int) for value in values)
-            config[each.heading] = (
-                st.column_config.NumberColumn(format="localized")
-                if is_number
-                else st.column_config.TextColumn(alignment="right")
-            )
+            config[each.heading] = st.column_config.TextColumn(alignment="right")
+            if all(isinstance(value, int) for value in values):
+                config[each.heading] = st.column_config.NumberColumn(format="localized")
         elif each.width in ("cut", "wrap"):
             config[each.heading] = st.column_config.TextColumn(width="large")
         elif each.width == "fold":

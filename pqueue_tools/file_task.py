@@ -130,22 +130,21 @@ def _remove_stale(copy: str, folder: int) -> None:
             os.unlink(copy, dir_fd=folder)
 
 
-def _create_copy(copy: str, folder: int) -> BinaryIO:
-    """Create and lock the copy. Before it is locked, another consumer may remove it as stale: then try again."""
+def create_locked(path: str | Path, flags: int, folder: int | None = None) -> int:
+    """Create a file and lock it. Before it is locked, a program that starts may remove it as stale: then try again."""
     while True:
-        file = os.fdopen(
-            pqueue_files.open_own(copy, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, folder), "wb"
-        )
-        if pqueue_files.try_lock(file.fileno()) and os.fstat(file.fileno()).st_nlink:
-            pqueue_files.share_as_folder(file.fileno(), folder)
-            return file
-        file.close()
+        with suppress(FileExistsError):
+            file = pqueue_files.open_own(path, flags | os.O_CREAT, folder)
+            if pqueue_files.try_lock(file) and os.fstat(file).st_nlink:
+                return file
+            os.close(file)
 
 
 def _replace(name: str, folder: int, source: BinaryIO, prefix: bytes, digest: str, token: str) -> None:
     """Write a stamped copy and rename it over the file, so that a reader sees either the old file or the new one."""
     copy = f".{name}.{token}.stamped"
-    with _create_copy(copy, folder) as target:
+    with os.fdopen(create_locked(copy, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW, folder), "wb") as target:
+        pqueue_files.share_as_folder(target.fileno(), folder)
         try:
             if _stamp(source, target, prefix) != digest:
                 raise OSError(f"{name} changed while it was read")

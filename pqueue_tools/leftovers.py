@@ -448,14 +448,8 @@ OF_THREADS = 3 << 31  # signals 32 and 33, which the C library handles when a fi
 NAMESPACES = ("mnt", "net", "user", "ipc", "uts", "cgroup", "pid_for_children", "time_for_children")
 TRACES = ("_trace_hook", "_profile_hook")
 CODEC_ERRORS = [
-    "strict",
-    "ignore",
-    "replace",
-    "backslashreplace",
-    "xmlcharrefreplace",
-    "namereplace",
-    "surrogateescape",
-    "surrogatepass",
+    *("strict", "ignore", "replace", "backslashreplace", "xmlcharrefreplace", "namereplace"),
+    *("surrogateescape", "surrogatepass"),
 ]
 
 

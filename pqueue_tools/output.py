@@ -26,30 +26,9 @@ OPTIONS = (
 )
 LAST_COLUMN_CELLS = 30  # of the last column, which holds the message; other columns are dropped for it
 DROPPED = (
-    "first_at",
-    "by_hour",
-    "last_job_id",
-    "skipped",
-    "group",
-    "host",
-    "started_at",
-    "max_running",
-    "rate",
-    "max_pending",
-    "waiting",
-    "attempts",
-    "consumer",
-    "pid",
-    "cancelled",
-    "queues",
-    "created_at",
-    "enqueued",
-    "retried",
-    "scheduled",
-    "completed",
-    "last_seen_at",
-    "processing",
-    "queue",
+    *("first_at", "by_hour", "last_job_id", "skipped", "group", "host", "started_at", "max_running", "rate"),
+    *("max_pending", "waiting", "attempts", "consumer", "pid", "cancelled", "queues", "created_at", "enqueued"),
+    *("retried", "scheduled", "completed", "last_seen_at", "processing", "queue"),
 )
 NAME_CELLS = 12  # of the first column, if it is text
 READABLE_CELLS = 5  # of any column

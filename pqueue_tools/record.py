@@ -115,7 +115,7 @@ class Record:
     """
 
     _RESULT = struct.Struct("=qqii")  # id, claim, kind, length
-    _NONE, _JSON, _ERROR = range(3)  # kinds of results
+    _RETURNED, _RAISED = range(2)  # kinds of results
 
     def __init__(self, slots: int = 1) -> None:
         self._results_at = 8 * (FIELDS + SLOT_FIELDS * slots)
@@ -135,14 +135,12 @@ class Record:
 
         Return False if it does not fit.
         """
-        if result is None:
-            return self._add(job_id, claim, self._NONE, b"")
-        return self._add(job_id, claim, self._JSON, result.encode())
+        return self._add(job_id, claim, self._RETURNED, (result or "").encode())
 
     def add_error(self, job_id: int, claim: int, error: str) -> bool:
         """Store the error of the current job for the keeper to settle. Return False if it does not fit."""
         data = error[:MAX_ERROR_CHARS].encode(errors="backslashreplace")
-        return self._add(job_id, claim, self._ERROR, data) or self._add(job_id, claim, self._ERROR, data[:1000])
+        return self._add(job_id, claim, self._RAISED, data) or self._add(job_id, claim, self._RAISED, data[:1000])
 
     def _add(self, job_id: int, claim: int, kind: int, data: bytes) -> bool:
         at, size = self.fields[STORED], self._RESULT.size
@@ -160,12 +158,12 @@ class Record:
 
     def results(self) -> Results:
         """Return the results by job id and claim."""
-        found = {key: (kind, data) for key, kind, data in self._stored() if kind != self._ERROR}
-        return {key: read_json(data.decode(errors="replace")) if kind else None for key, (kind, data) in found.items()}
+        found = {key: data for key, kind, data in self._stored() if kind == self._RETURNED}
+        return {key: read_json(data.decode(errors="replace")) if data else None for key, data in found.items()}
 
     def error(self, run: Run) -> str | None:
         """Return the error that `add_error` stored for a run."""
-        found = [data for key, kind, data in self._stored() if kind == self._ERROR and key == run.key]
+        found = [data for key, kind, data in self._stored() if kind == self._RAISED and key == run.key]
         return found[-1].decode(errors="replace") if found else None
 
     def _stored(self) -> Iterator[tuple[tuple[int, int], int, bytes]]:

@@ -122,13 +122,9 @@ def verdict(found: list[Finding]) -> list[str]:
     return [f"{each.severity}: {each}" for each in found] or [NO_FINDINGS]
 
 
-def program_findings(processes: list[dict[str, Any]] | str) -> list[Finding]:
-    """Return the findings about supervisord's processes; `processes` is as in `findings`."""
-    return [] if isinstance(processes, str) else list(_ended_programs(processes))
-
-
-def _ended_programs(processes: list[dict[str, Any]]) -> Iterator[Finding]:
-    for each in processes:
+def program_findings(processes: list[dict[str, Any]] | str) -> Iterator[Finding]:
+    """Yield the findings about supervisord's processes; `processes` is as in `findings`."""
+    for each in () if isinstance(processes, str) else processes:
         if each["state"] == "FATAL":
             again = f"read its log, then run {command_line('manager')} --start {shlex.quote(each['name'])}"
             yield Finding("critical", f"Supervisor gave up on {each['name']}, which keeps ending", again, "consumers")
@@ -144,12 +140,11 @@ def _lost_jobs(queue: PersistentQInterface, consumers: list[dict[str, Any]]) -> 
     ended = [each for each in holders if each["state"] != "running"]
     held = count(sum(len(each["job_ids"]) for each in ended), "job")
     again = "a live consumer takes them back"
+    text = f"{len(ended)} consumers ended and hold {held} ({_names(ended)})"
     if len(ended) == 1:
-        yield Finding(
-            "warning", f"consumer {ended[0]['name']} is {ended[0]['state']} and holds {held}", again, "consumers"
-        )
-    elif ended:
-        yield Finding("warning", f"{len(ended)} consumers ended and hold {held} ({_names(ended)})", again, "consumers")
+        text = f"consumer {ended[0]['name']} is {ended[0]['state']} and holds {held}"
+    if ended:
+        yield Finding("warning", text, again, "consumers")
 
 
 def _names(consumers: list[dict[str, Any]]) -> str:
@@ -215,11 +210,8 @@ def _unknown_tasks(
     unknown: dict[str, int] = {}
     for (name, task), jobs in queue.pending_tasks().items() if alive and stats["states"]["pending"] else ():
         serving = [each for each in alive if _serves(each, name)]
-        if (
-            serving
-            and not stats["queues"].get(name, {}).get("paused")
-            and not any(_knows(one, task) for one in serving)
-        ):
+        is_paused = stats["queues"].get(name, {}).get("paused")
+        if serving and not is_paused and not any(_knows(one, task) for one in serving):
             unknown[task] = unknown.get(task, 0) + jobs
             blocked.add(name)
     for task, jobs in unknown.items():
@@ -276,11 +268,7 @@ def _duplicate_names(alive: list[dict[str, Any]]) -> Iterator[Finding]:
 
 def _silent_consumers(alive: list[dict[str, Any]], now: float) -> Iterator[Finding]:
     """Report consumers that sent heartbeats and stopped doing so, all in one finding; some never send any."""
-    silent = [
-        each
-        for each in alive
-        if each["last_seen_at"] > each["started_at"] and now - each["last_seen_at"] > SILENT_SECONDS
-    ]
+    silent = [each for each in alive if each["started_at"] < each["last_seen_at"] < now - SILENT_SECONDS]
     if silent:
         last, number = max(each["last_seen_at"] for each in silent), count(len(silent), "consumer")
         text = f"{number} sent no heartbeat for a while ({_names(silent)}), the last {ago(last, now)}"
@@ -335,7 +323,7 @@ def _queue_findings(
         text, _, remedy = move.partition(": ")
         yield Finding("warning", text, remedy)
     for name, each in stats["queues"].items():
-        oldest = each["oldest_pending_at"]
+        oldest, longest = each["oldest_pending_at"], expected.get(name, Expectation()).max_wait_seconds
         if each["max_pending"] is not None and each["pending"] >= each["max_pending"]:
             text = f"queue {name!r} is full, with {count(each['pending'], 'job')} pending, and refuses more"
             again = f"wait for consumers, or run {command_line('admin')} limit {shlex.quote(name)} N"
@@ -343,11 +331,7 @@ def _queue_findings(
         if each["paused"] and not move:
             text = f"queue {name!r} is paused, with {count(each['pending'], 'job')} pending"
             yield Finding("info", text, f"run {_resume(name)}", "queues")
-        elif (
-            oldest is not None
-            and now - oldest > expected.get(name, Expectation()).max_wait_seconds
-            and not (each["paused"] or name in blocked)
-        ):
+        elif oldest is not None and now - oldest > longest and not (each["paused"] or name in blocked):
             text = f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}"
             jobs = f"{command_line('admin')} list-jobs --status pending --queue {shlex.quote(name)}"
             yield Finding("warning", text, f"run {jobs}, then why JOB; add consumers if all are busy", "queues", oldest)
@@ -359,13 +343,11 @@ def _schedule_findings(queue: PersistentQInterface, now: float, *, can_run: bool
         command = f"{command_line('admin')} {{}} {shlex.quote(each.name)}"
         if each.origin == "removed":
             text = f"schedule {each.name!r}: its task no longer declares it"
-            yield Finding(
-                "warning", text, f"run {command.format('unschedule')}, or save it with queue.schedule", "schedules"
-            )
+            again = f"run {command.format('unschedule')}, or save it with queue.schedule"
+            yield Finding("warning", text, again, "schedules")
         if each.paused:
-            yield Finding(
-                "info", f"schedule {each.name!r} is paused", f"run {command.format('resume-schedule')}", "schedules"
-            )
+            text = f"schedule {each.name!r} is paused"
+            yield Finding("info", text, f"run {command.format('resume-schedule')}", "schedules")
         elif now - each.next_at > STALL_SECONDS and can_run and not queue.move_status():
             text = f"schedule {each.name!r} has been due for {span(now - each.next_at)}"
             again = "start a consumer; schedules are due when one takes jobs"
