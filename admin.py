@@ -42,13 +42,13 @@ from pqueue_tools.commands import (
     SeveralOf,
     UsageError,
     dispatch,
-    duration_between,
     json_value,
     moment,
     or_word,
     path,
     rate,
     test_file,
+    up_to_a_day,
 )
 from pqueue_tools.completion import complete, script
 from pqueue_tools.masking import masked_job
@@ -566,7 +566,7 @@ def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
     "replay",
     JOB_ID,
     Parameter("--import", "a module with tasks; repeatable", module_name, metavar="MODULE", many=True),
-    Parameter("--timeout", "interrupt the task after this time", duration_between("0.1s", "1d"), "60s", "DURATION"),
+    Parameter("--timeout", "interrupt the task after this time", up_to_a_day, "60s", "DURATION"),
     Parameter("--pdb", "if the task raises, start the debugger where it did", flag=True),
     Parameter("--save", "write a test that runs the payload again, test_NAME.py", test_file, metavar="FILE"),
     examples=(
@@ -1014,7 +1014,7 @@ def torture(_: None, options: argparse.Namespace) -> CommandResult:
 @command(
     INSPECT,
     "monitor",
-    Parameter("--interval", "refresh interval", duration_between("0.1s", "1d"), "2s", "DURATION"),
+    Parameter("--interval", "refresh interval", up_to_a_day, "2s", "DURATION"),
     Parameter("--once", "print one screen and exit", flag=True),
     opens=False,
 )

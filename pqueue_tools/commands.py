@@ -101,13 +101,10 @@ Run = Callable[[Command, argparse.Namespace], int]  # returns the exit code
 # Values ###############################################################################################################
 
 
-def duration_between(least: str, most: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        if duration(least) <= duration(text) <= duration(most):
-            return duration(text)
-        raise ValueError(f"expected a duration from {least} to {most}, got {short(text)}")
-
-    return parse
+def up_to_a_day(text: str) -> float:
+    if 0.1 <= (seconds := duration(text)) <= 86400:
+        return seconds
+    raise ValueError(f"expected a duration from 0.1s to 1d, got {short(text)}")
 
 
 class Ago(float):

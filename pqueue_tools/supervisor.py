@@ -127,9 +127,7 @@ def added_groups() -> list[str]:
     return sorted(path.stem for path in INCLUDED.glob("consumer*.conf") if path.stem.removeprefix("consumer").isdigit())
 
 
-def write_configuration(
-    queues: list[str] | None = None, modules: list[str] | None = None, concurrency: int = 1
-) -> None:
+def write_configuration(queues: list[str] | None, modules: list[str] | None, concurrency: int) -> None:
     """Write supervisord.conf and create its folders in the current folder, to run this copy of the programs.
 
     With modules, the consumers run their tasks instead of the built-in one, and no producer is configured. Raises

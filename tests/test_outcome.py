@@ -354,6 +354,16 @@ def test_log_level_and_quiet_leave_out_what_is_less(tasks):
             assert (" started " in out) == ("warning" not in options)
 
 
+def test_log_level_leaves_out_a_lost_lease(tasks):
+    cancel = "import pqueue\n@pqueue.task\ndef leave(job): pqueue.current_queue().cancel(job.id, by='ops')\n"
+    tasks.write("leaving.py", cancel)
+    with closing(tasks.queue()) as queue:
+        for level, expected in (("warning", 1), ("error", 0)):
+            queue.enqueue("leave")
+            out = tasks.run("consumer.py", "--import", "leaving", "--drain", "--log-level", level).stdout
+            assert out.count(" lost consumer=") == expected
+
+
 # The text of an error
 
 
