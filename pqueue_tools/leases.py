@@ -62,7 +62,7 @@ class Leases:
             held = {(job_id, claim_number(token)) for job_id, token in leases}
             still = {run.key for slot in self.record.slots if slot.fields[fields.RUNNING] and (run := slot.run())}
             gone = still.intersection(run.key for run in runs) - held
-            self._lost = {key for key in gone if key in self._lost or not self._is_settled(key[0])}
+            self._lost = {key for key in gone if key in self._lost or self.settled_as(key[0]) is None}
 
     @contextmanager
     def saying_once(self, event: str, what: str, **more: Any) -> Iterator[None]:
@@ -162,26 +162,18 @@ class Leases:
             self.queue.release(job)
             log("released", consumer=self.name, job=job.id)
 
-    def _is_settled(self, job_id: int) -> bool:
-        """Return whether the task itself settled its job, so that the lease was not taken away."""
+    def settled_as(self, job_id: int, attempt: int | None = None) -> str | None:
+        """Return how the task itself has settled its job, so that the lease was not taken away: completed, or the last
+        event in its history; None: not. attempt: only this one."""
         with suppress(QueueError):
-            return self.queue.get(job_id).state == "completed" or self._last_event(job_id) is not None
-        return False
-
-    def settled_as(self, job: Job) -> str | None:
-        """Return how the task itself has settled this delivery: completed, or the event in its history; None: not."""
-        with suppress(QueueError):
-            now = self.queue.get(job.id)
-            if (now.state, now.consumer, now.attempts) == ("completed", self.name, job.attempts):
+            job = self.queue.get(job_id)
+            if job.state == "completed" and (attempt is None or (job.consumer, job.attempts) == (self.name, attempt)):
                 return "completed"
-            return self._last_event(job.id, job.attempts)
+            for last in self.queue.history(job_id)[-1:]:
+                is_own = last["actor"] == self.name and last["event"] in ("failed", "released", "snoozed")
+                if (is_own or last["actor"] == task_name(self.name)) and attempt in (None, last["attempt"]):
+                    return str(last["event"])
         return None
-
-    def _last_event(self, job_id: int, attempt: int | None = None) -> str | None:
-        last = (self.queue.history(job_id) or [{"event": None, "actor": None}])[-1]
-        mine = last["actor"] == task_name(self.name)
-        mine = mine or (last["event"] in ("failed", "released", "snoozed") and last["actor"] == self.name)
-        return last["event"] if mine and attempt in (None, last["attempt"]) else None
 
     def beat(self, *, at_once: bool = False) -> None:
         """Send a heartbeat if one is due."""

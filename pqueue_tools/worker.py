@@ -462,12 +462,12 @@ class Consumer:
             text = error_text(Stopped("stopped while it ran; not run again because max_attempts is 1"))
             outcome = Outcome("fail", retry=False, delay_seconds=0.0)
         elif isinstance(reason, LeaseLost):
-            self._log_lost(job, reason, self._leases.settled_as(job))
+            self._log_lost(job, reason, self._leases.settled_as(job.id, job.attempts))
             return
         try:
             state = self._retry_while_busy([(job, None)], lambda: outcome.settle(self.queue, job, text))
         except LeaseLost as lost:
-            self._log_lost(job, lost, self._leases.settled_as(job))
+            self._log_lost(job, lost, self._leases.settled_as(job.id, job.attempts))
             return
         if state is None:
             return  # already logged: the lease will expire
@@ -522,7 +522,7 @@ class Consumer:
 
     def _log_completed(self, jobs: list[Job], lost: list[Job]) -> None:
         for job in lost:
-            settled = self._leases.settled_as(job)
+            settled = self._leases.settled_as(job.id, job.attempts)
             if settled != "completed":
                 jobs = [each for each in jobs if each != job]
                 self._fields[fields.FAILED] += settled == "failed"
