@@ -32,7 +32,7 @@ from pqueue_files import closing_file
 from pqueue_operating import spread
 from pqueue_outcomes import EVENTS, Expectation
 from pqueue_tools import monitor as live
-from pqueue_tools import moving, restoring, supervisor
+from pqueue_tools import moving, report, restoring, supervisor
 from pqueue_tools.commands import (
     Ago,
     Command,
@@ -63,35 +63,6 @@ from pqueue_tools.process import (
     print_error,
     whole_number,
     writes_to_stdout,
-)
-from pqueue_tools.report import (
-    ago,
-    changed_text,
-    clock,
-    consumer_row,
-    count,
-    detail,
-    findings,
-    first_line,
-    follow_clock,
-    for_people,
-    history,
-    is_time,
-    job_object,
-    last_error,
-    metrics,
-    now_shown,
-    oldest_pending,
-    outcome_rows,
-    printable,
-    problems,
-    range_start,
-    recent,
-    schedule_object,
-    schedule_row,
-    size,
-    verdict,
-    why,
 )
 from pqueue_tools.torture import Torture
 from pqueue_values import MAX_NUMBER, interval, program_name, short
@@ -164,7 +135,7 @@ def _filters(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _time(value: Any) -> Any:
-    return now_shown() - value if isinstance(value, Ago) else value
+    return report.now_shown() - value if isinstance(value, Ago) else value
 
 
 OPTION_OF = {  # an argument of the queue, in its messages
@@ -205,7 +176,7 @@ def _listed(queue: PersistentQInterface, options: argparse.Namespace, columns: t
     jobs = queue.list_jobs(**_filters(options), limit=options.limit, before_id=options.before_id, shown=masked_job)
     extra = [] if options.output == "json" and not options.columns else ["detail"]
     return CommandResult(
-        [{**job_object(job), **{name: detail(job) for name in extra}} for job in jobs], columns=columns
+        [{**report.job_object(job), **{name: report.detail(job) for name in extra}} for job in jobs], columns=columns
     )
 
 
@@ -233,39 +204,40 @@ def _last_error(queue: PersistentQInterface, group: dict[str, Any]) -> str:
     error = None
     with suppress(JobNotFound):
         error = queue.get(group["last_id"]).error
-    return last_error(group, error)
+    return report.last_error(group, error)
 
 
 @command(INSPECT, "show", JOB_ID, examples=("show 17",))
 def show(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Show everything about a job, including its history."""
-    job, events = queue.get(options.job_id), history(queue, options.job_id)
+    job, events = queue.get(options.job_id), report.history(queue, options.job_id)
     after = [parent.id for parent in queue.dependencies(job.id, excerpt=0)] or None
-    facts = {**job_object(job), "after": after, "why": why(queue, job.id)}
+    facts = {**report.job_object(job), "after": after, "why": report.why(queue, job.id)}
     if wants_rows(options) and (options.output or options.columns):
         return CommandResult([{**facts, "history": events}])
     del facts["lease_token"], facts["has_dependents"]
     facts["waits_for"] = facts["waits_for"] or None
-    now = now_shown()
+    now = report.now_shown()
     lines = [f"{key:17} {_shown(key, value, now)}" for key, value in facts.items() if value is not None]
     if events:
-        lines += ["", table([{**each, "error": first_line(each["error"])} for each in events], width())]
+        lines += ["", table([{**each, "error": report.first_line(each["error"])} for each in events], width())]
     return CommandResult(text="\n".join(lines))
 
 
 def _shown(key: str, value: Any, now: float) -> str:
-    if is_time(key):
-        return f"{clock(value)}  ({ago(value, now)})"
+    if report.is_time(key):
+        return f"{report.clock(value)}  ({report.ago(value, now)})"
     if key == "error":
-        return "\n    ".join(printable(line) for line in value.split("\n"))
-    return printable(for_people(key, value, now))
+        return "\n    ".join(report.printable(line) for line in value.split("\n"))
+    return report.printable(report.for_people(key, value, now))
 
 
 @command(INSPECT, "why", JOB_ID, examples=("why 17",))
-def why_command(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+def why(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Explain in one sentence why a job is not running, or what it is doing."""
-    sentence = why(queue, options.job_id)
-    return CommandResult([{"job": options.job_id, "why": sentence}], f"job {options.job_id}: {printable(sentence)}")
+    sentence = report.why(queue, options.job_id)
+    text = f"job {options.job_id}: {report.printable(sentence)}"
+    return CommandResult([{"job": options.job_id, "why": sentence}], text)
 
 
 @command(
@@ -305,19 +277,21 @@ def logs(_: None, options: argparse.Namespace) -> CommandResult:
 def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Count jobs by queue and state, or count what happened to them, by queue or task."""
     if options.by == "task" or options.since is not None:
-        since = range_start(options.since, now_shown()) if isinstance(options.since, Ago) else options.since
-        return CommandResult(outcome_rows(queue, since, options.by))
+        since = options.since
+        if isinstance(since, Ago):
+            since = report.range_start(since, report.now_shown())
+        return CommandResult(report.outcome_rows(queue, since, options.by))
     found = queue.stats()
     rows = [{"queue": name, **each} for name, each in found["queues"].items()]
     if wants_rows(options):
         return CommandResult(rows)
-    now = now_shown()
-    last = recent(queue, now)
+    now = report.now_shown()
+    last = report.recent(queue, now)
     numbers = ", ".join(f"{getattr(last, name):,} {name}" for name in EVENTS if getattr(last, name))
-    total = {"queue": "all", **found["states"], "oldest_pending_at": oldest_pending(found)}
+    total = {"queue": "all", **found["states"], "oldest_pending_at": report.oldest_pending(found)}
     rows += [{**dict.fromkeys(rows[0]), **total}] if len(rows) > 1 else []
     return CommandResult(
-        text=f"{table(rows, width()) or 'no queues'}\n\nsince {clock(last.at)}: {numbers or 'nothing happened'}"
+        text=f"{table(rows, width()) or 'no queues'}\n\nsince {report.clock(last.at)}: {numbers or 'nothing happened'}"
     )
 
 
@@ -402,11 +376,11 @@ def _act(
     number = queue.count_jobs(**filters, shown=masked_job)
     if not number:
         return CommandResult([{"done": short_done, "jobs": 0, "refused": 0}], "no job matches")
-    if not agreed(options, asked.format(count(number, "job"))):
+    if not agreed(options, asked.format(report.count(number, "job"))):
         return CommandResult(text="nothing done", code=1)
     changed = queue.act_where(act, **filters, shown=masked_job, parents_first=parents_first)
     refused = changed.refused
-    text = changed_text(done, changed, refused)
+    text = report.changed_text(done, changed, refused)
     rows = [{"done": short_done, "jobs": changed, "refused": refused}]
     return CommandResult(rows, text, int(changed == 0 and refused > 0))
 
@@ -627,9 +601,9 @@ def limit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     if not given:
         raise UsageError("limit: expected a number of pending jobs or none, --running or --rate")
     texts: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "max_pending": ("pending jobs", lambda most: count(most, "pending job")),
-        "running": ("running jobs", lambda most: f"{count(most, 'running job')} of each group"),
-        "rate": ("the rate", lambda rate: f"{count(rate[0], 'job')} of each group in {interval(rate[1])}"),
+        "max_pending": ("pending jobs", lambda most: report.count(most, "pending job")),
+        "running": ("running jobs", lambda most: f"{report.count(most, 'running job')} of each group"),
+        "rate": ("the rate", lambda rate: f"{report.count(rate[0], 'job')} of each group in {interval(rate[1])}"),
     }
     limits = [text(given[name]) for name, (_, text) in texts.items() if given.get(name)]
     removed = [limited for name, (limited, _) in texts.items() if name in given and not given[name]]
@@ -746,7 +720,7 @@ def _change(queue: PersistentQInterface, kind: str, name: str, act: Callable[[st
 @command(INSPECT, "schedules")
 def schedules(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """List the schedules, when each is due next, and its last job."""
-    row = schedule_object if options.output == "json" else schedule_row
+    row = report.schedule_object if options.output == "json" else report.schedule_row
     return CommandResult([row(each) for each in queue.schedules()])
 
 
@@ -819,7 +793,7 @@ def consumers(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     found = [each for each in queue.consumers() if options.all or each["state"] == "running" or each["job_ids"]]
     for each in found:
         del each["token"]
-    return CommandResult(found if options.output == "json" else [consumer_row(each) for each in found])
+    return CommandResult(found if options.output == "json" else [report.consumer_row(each) for each in found])
 
 
 @command(
@@ -836,7 +810,7 @@ def prune(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     states = [options.status] if options.status else pqueue.FINISHED
     pruned = queue.prune(options.older_than, states=states, progress=lambda n: show_progress(f"{n:,} jobs pruned"))
     show_progress("")
-    return CommandResult([{"pruned": pruned}], f"pruned {count(pruned, 'job')}")
+    return CommandResult([{"pruned": pruned}], f"pruned {report.count(pruned, 'job')}")
 
 
 @command(
@@ -845,7 +819,7 @@ def prune(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
 def backup(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Write a consistent, verified copy of the database while other programs use it."""
     queue.backup(options.file)
-    return CommandResult([{"file": str(options.file)}], printable(f"backed up to {options.file}, and verified"))
+    return CommandResult([{"file": str(options.file)}], report.printable(f"backed up to {options.file}, and verified"))
 
 
 @command(DATA, "restore", Parameter("file", "the backup", path, metavar="FILE"), YES, opens=False)
@@ -854,7 +828,8 @@ def restore(_: None, options: argparse.Namespace) -> CommandResult:
     if not agreed(options, f"replace the queue by {options.file}"):
         return CommandResult(text="nothing done", code=1)
     kept = restoring.restore(options.file)
-    text = printable(f"restored {options.file}, verified") + (f"; the replaced database is {kept}" if kept else "")
+    text = report.printable(f"restored {options.file}, verified")
+    text += f"; the replaced database is {kept}" if kept else ""
     return CommandResult([{"file": str(options.file), "replaced": kept and str(kept)}], text)
 
 
@@ -876,20 +851,19 @@ def move(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
 @command(DATA, "compact", examples=("compact",))
 def compact(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Give the space of deleted jobs back to the disk, in short steps while other programs use the database."""
-    freed = queue.compact(progress=lambda n: show_progress(f"{size(n)} left"))
+    freed = queue.compact(progress=lambda n: show_progress(f"{report.size(n)} left"))
     show_progress("")
-    return CommandResult(
-        [{"freed_bytes": freed}], f"the database is {size(freed)} smaller" if freed else "nothing to free"
-    )
+    text = f"the database is {report.size(freed)} smaller" if freed else "nothing to free"
+    return CommandResult([{"freed_bytes": freed}], text)
 
 
 @command(DATA, "delete-db-jobs", Parameter("--force", "even while jobs are processing", flag=True), YES)
 def delete_db_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Delete all jobs from the database in one transaction."""
-    if not agreed(options, f"delete all {count(queue.count_jobs(), 'job')}"):
+    if not agreed(options, f"delete all {report.count(queue.count_jobs(), 'job')}"):
         return CommandResult(text="nothing done", code=1)
     deleted = queue.delete_jobs(force=options.force)
-    return CommandResult([{"deleted": deleted}], f"deleted {count(deleted, 'job')}")
+    return CommandResult([{"deleted": deleted}], f"deleted {report.count(deleted, 'job')}")
 
 
 @command(
@@ -910,16 +884,16 @@ def delete_job_files(queue: PersistentQInterface, options: argparse.Namespace) -
     if options.dry_run or not doomed:
         kept = len(names) - len(doomed)
         return CommandResult([{"file": name} for name in doomed], None if doomed else f"nothing to delete{_kept(kept)}")
-    if not agreed(options, f"delete {count(len(doomed), 'file')} in {options.directory}"):
+    if not agreed(options, f"delete {report.count(len(doomed), 'file')} in {options.directory}"):
         return CommandResult(text="nothing done", code=1)
     batches = [doomed[start : start + FILES_PER_TRANSACTION] for start in range(0, len(doomed), FILES_PER_TRANSACTION)]
     deleted = sum(_delete_files(queue, options, batch) for batch in batches)
     kept = len(names) - deleted
-    return CommandResult([{"deleted": deleted, "kept": kept}], f"deleted {count(deleted, 'file')}{_kept(kept)}")
+    return CommandResult([{"deleted": deleted, "kept": kept}], f"deleted {report.count(deleted, 'file')}{_kept(kept)}")
 
 
 def _kept(number: int) -> str:
-    return f", {count(number, 'file')} kept for unfinished jobs" if number else ""
+    return f", {report.count(number, 'file')} kept for unfinished jobs" if number else ""
 
 
 def _job_files(directory: Path) -> set[str]:
@@ -964,26 +938,26 @@ def _unlink(directory: Path, names: list[str]) -> int:
 def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Check the database and the system; the exit code is 1 if a problem is found."""
     facts, stats = queue.check(), queue.stats()
-    found = findings(queue, stats=stats, facts=facts, processes=supervisor.known_processes())
+    found = report.findings(queue, stats=stats, facts=facts, processes=supervisor.known_processes())
     del facts["problems"]
     running = [each for each in queue.consumers(job_ids=False) if each["state"] == "running"]
     facts |= {"consumers_alive": len(running)}
-    facts |= {"oldest_pending_at": oldest_pending(stats)}
+    facts |= {"oldest_pending_at": report.oldest_pending(stats)}
     kept = queue.retention()
     facts |= {"finished_jobs": sum(stats["states"][state] for state in pqueue.FINISHED)}
     facts |= {"added_in_last_hour": sum(each["added"] for each in kept)}
     facts |= {"deleted_in_next_hour": sum(each["expiring"] for each in kept)}
-    now = now_shown()
+    now = report.now_shown()
     names = {key: key.removesuffix("_bytes").removesuffix("_at").replace("_", " ") for key in facts}
-    lines = [f"{names[key]:20}  {for_people(key, v, now)}" for key, v in facts.items() if v is not None]
+    lines = [f"{names[key]:20}  {report.for_people(key, v, now)}" for key, v in facts.items() if v is not None]
     facts["findings"] = [each._asdict() for each in found]
-    return CommandResult([facts], "\n".join([*verdict(found), "", *lines]), int(bool(problems(found))))
+    return CommandResult([facts], "\n".join([*report.verdict(found), "", *lines]), int(bool(report.problems(found))))
 
 
 @command(SYSTEM, "metrics")
-def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+def metrics(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Print metrics in the text format of Prometheus."""
-    figures = metrics(queue, findings(queue, processes=supervisor.known_processes()))
+    figures = report.metrics(queue, report.findings(queue, processes=supervisor.known_processes()))
     return CommandResult([{"metrics": figures}], figures.rstrip("\n"))
 
 
@@ -1003,7 +977,7 @@ def torture(_: None, options: argparse.Namespace) -> CommandResult:
     if parent and not parent.is_dir():
         raise Problem(f"no folder {parent}: create it, or set PQUEUE_URL")
     found = Torture(parent, options.durability, server).run(options.seconds)
-    lines = [f"{key:24}  {for_people(key, value, 0)}" for key, value in found.items() if key != "problems"]
+    lines = [f"{key:24}  {report.for_people(key, value, 0)}" for key, value in found.items() if key != "problems"]
     lines += [f"problem: {each}" for each in found["problems"]] or ["nothing was lost, nothing was done twice"]
     return CommandResult([found], "\n".join(lines), int(bool(found["problems"])))
 
@@ -1070,7 +1044,7 @@ def run(entry: Command, options: argparse.Namespace) -> int:
         if not entry.opens:
             return _finish(entry.function(None, options), options)
         with open_soon(create=False) as queue, _reporting_damage(queue):
-            follow_clock(queue)
+            report.follow_clock(queue)
             return _finish(entry.function(queue, options), options)
 
 

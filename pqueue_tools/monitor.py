@@ -16,23 +16,9 @@ from typing import Any
 
 import pqueue
 from pqueue import PersistentQInterface, QueueError
-from pqueue_tools import supervisor
+from pqueue_tools import report, supervisor
 from pqueue_tools.masking import masked_job
 from pqueue_tools.output import cells, colours, fitted, painted, table, wrapped
-from pqueue_tools.report import (
-    Finding,
-    consumer_row,
-    count,
-    findings,
-    first_line,
-    follow_clock,
-    now_shown,
-    per_minute,
-    printable,
-    problems,
-    recent_minutes,
-    verdict,
-)
 from pqueue_values import QueueNotFound
 
 FAILURES_SHOWN = 5
@@ -53,18 +39,18 @@ Reading = Callable[[PersistentQInterface], Any]  # a context manager that report
 
 def snapshot(reading: Reading) -> dict[str, Any]:
     """Return the contents of the screen. If the queue cannot be read, that is the only finding, without "stats"."""
-    now = now_shown()
+    now = report.now_shown()
     seen: dict[str, Any] = {"at": now, "processes": supervisor.known_processes()}
     try:
         with pqueue.open_queue(create=False) as queue, reading(queue):
-            follow_clock(queue)
-            seen["at"] = now = now_shown()
-            found = findings(queue, now, processes=seen["processes"])
-            seen |= {"findings": found, "per_minute": per_minute(recent_minutes(queue, now))}
+            report.follow_clock(queue)
+            seen["at"] = now = report.now_shown()
+            found = report.findings(queue, now, processes=seen["processes"])
+            seen |= {"findings": found, "per_minute": report.per_minute(report.recent_minutes(queue, now))}
             seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "failed": _failures(queue)}
     except (QueueError, ValueError) as error:
         what, _, remedy = str(error).partition(": ")
-        seen["findings"] = [Finding("warning" if isinstance(error, QueueNotFound) else "critical", what, remedy)]
+        seen["findings"] = [report.Finding("warning" if isinstance(error, QueueNotFound) else "critical", what, remedy)]
     return seen
 
 
@@ -73,7 +59,7 @@ def _failures(queue: PersistentQInterface) -> list[dict[str, Any]]:
     jobs = queue.list_jobs(state="failed", limit=FAILURES_SEARCHED, **options)
     last = sorted(jobs, key=lambda job: job.finished_at or 0, reverse=True)[:FAILURES_SHOWN]
     names = ("id", "queue", "task", "finished_at")
-    return [{**{name: getattr(job, name) for name in names}, "error": first_line(job.error)} for job in last]
+    return [{**{name: getattr(job, name) for name in names}, "error": report.first_line(job.error)} for job in last]
 
 
 def screen(seen: dict[str, Any], width: int, *, order: str = "name", in_colour: bool = False) -> list[str]:
@@ -86,25 +72,25 @@ def screen(seen: dict[str, Any], width: int, *, order: str = "name", in_colour: 
     lines = _verdict(seen, width, in_colour)
     if "stats" in seen:
         rates = ", ".join(f"{rate:,} {name}" for name, rate in seen["per_minute"].items())
-        alive = [consumer_row(each) for each in seen["consumers"] if each["state"] == "running" or each["job_ids"]]
+        alive = [each for each in seen["consumers"] if each["state"] == "running" or each["job_ids"]]
         queues = [{"queue": name, **each} for name, each in seen["stats"]["queues"].items()]
         lines += wrapped(f"per minute: {rates}", width)
         lines += section("last failures", seen["failed"]) if seen["failed"] else []
         lines += section("queues", sorted(queues, key=ORDERS[order]))
-        lines += section("consumers", sorted(alive, key=ORDERS[order]))
+        lines += section("consumers", sorted(map(report.consumer_row, alive), key=ORDERS[order]))
     if isinstance(seen["processes"], str):
-        return [*lines, "", *wrapped(printable(seen["processes"]), width)]
+        return [*lines, "", *wrapped(report.printable(seen["processes"]), width)]
     return lines + section("processes", [{k: v for k, v in p.items() if k != "group"} for p in seen["processes"]])
 
 
 def _verdict(seen: dict[str, Any], width: int, in_colour: bool) -> list[str]:
     """Return what an operator must know first: the time, and what is wrong."""
     at = f"{datetime.fromtimestamp(seen['at']):%Y-%m-%d %H:%M:%S}"
-    number = len(problems(seen["findings"]))
-    head = count(number, "problem") if number else "no problems"
+    number = len(report.problems(seen["findings"]))
+    head = report.count(number, "problem") if number else "no problems"
     lines = [fitting([head if "stats" in seen else "queue not available", at, "pqueue monitor"], width)]
-    for line in verdict(seen["findings"]) if seen["findings"] else ():
-        severity, *rest = re.split("(?=:)", "\n".join(wrapped(printable(line), width)), maxsplit=1)
+    for line in report.verdict(seen["findings"]) if seen["findings"] else ():
+        severity, *rest = re.split("(?=:)", "\n".join(wrapped(report.printable(line), width)), maxsplit=1)
         lines += "".join([painted(severity, severity) if in_colour else severity, *rest]).split("\n")
     return lines
 

@@ -38,7 +38,7 @@ import pqueue_sqlalchemy
 import producer
 from bench import run as bench
 from pqueue_sqlite import PAGE_BYTES
-from pqueue_tools import dashboard, dashboard_actions, dashboard_http, file_task, supervisor
+from pqueue_tools import dashboard, dashboard_actions, dashboard_http, file_task, report, supervisor
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 SECONDS = 30  # in which every single input must be done with
@@ -242,7 +242,7 @@ def test_payload_is_stored_as_it_is_or_refused(folder):
             else:
                 stored = queue.get(job_id).payload
                 assert stored == json.loads(json.dumps(payload))
-                assert admin.for_people("payload", stored, 0) is not None
+                assert report.for_people("payload", stored, 0) is not None
 
         check()
 
