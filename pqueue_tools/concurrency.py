@@ -81,11 +81,6 @@ class ActiveRun:
         self.has_completed = False
         self.is_over = False  # handed over to be settled
 
-    @property
-    def may_be_interrupted(self) -> bool:
-        number = self.slot.fields[fields.RUNNING]
-        return bool(number) and self.slot.fields[fields.INTERRUPT] == number
-
     def fail(self, error: BaseException) -> None:
         """Note how the run has failed."""
         if self.reason and name_of(error) in ("Interrupt", "CancelledError"):
@@ -263,14 +258,11 @@ class ConcurrentConsumer(Consumer):
             self._is_waiting, self._may_find = False, True
         elif event is not False:
             self._may_find = True  # it may have enqueued others
-            self._settle_run(event)
-
-    def _settle_run(self, run: ActiveRun) -> None:
-        if run.failure is None:
-            self._done.append(run)
-            return
-        self._settle(run.job, run.failure)
-        self._free_slot(run)
+            if event.failure is None:
+                self._done.append(event)
+            else:
+                self._settle(event.job, event.failure)
+                self._free_slot(event)
 
     def _free_slot(self, run: ActiveRun) -> None:
         run.slot.end()
@@ -505,10 +497,11 @@ class ConcurrentConsumer(Consumer):
         the keeper repeats the signal."""
         for run in list(self._runs.values()):
             with run.lock:
-                if run.may_be_interrupted and not (run.thread and self.queue.uses_database(run.thread)):
+                slot, thread = run.slot.fields, run.thread
+                number = slot[fields.RUNNING]
+                if number and slot[fields.INTERRUPT] == number and not (thread and self.queue.uses_database(thread)):
                     run.reason = run.reason or self._reason(run.slot)
-                    run.slot.fields[fields.INTERRUPTED] = run.slot.fields[fields.RUNNING]
-                    run.slot.fields[fields.INTERRUPT] = 0
+                    slot[fields.INTERRUPTED], slot[fields.INTERRUPT] = number, 0
                     self._interrupt(run)
         self._events.put(False)
 

@@ -149,14 +149,13 @@ def host_name(host: str) -> str:
 
 def allowed_hosts() -> set[str]:
     """Return the names and addresses in PQUEUE_OPS_HOSTS. Raises ValueError."""
-    given = re.split(r"[,\s]+", os.environ.get("PQUEUE_OPS_HOSTS", "").strip())
-    found = {
-        each: host_name(f"[{each}]" if each.count(":") > 1 and "[" not in each else each) for each in given if each
-    }
-    for each, name in found.items():
+    found = set[str]()
+    for each in os.environ.get("PQUEUE_OPS_HOSTS", "").replace(",", " ").split():
+        name = host_name(f"[{each}]" if each.count(":") > 1 and "[" not in each else each)
         if not name:
             raise ValueError(f"expected names or addresses in PQUEUE_OPS_HOSTS, as a browser is given, got {each!r}")
-    return set(found.values())
+        found.add(name)
+    return found
 
 
 def is_address(name: str) -> bool:

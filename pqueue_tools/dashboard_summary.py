@@ -189,11 +189,6 @@ def charts(minutes: Minutes, clock: Clock = _clock) -> str:
     return f'<div class="two">{_jobs_chart(minutes, clock)}{_times_chart(minutes, clock)}</div>'
 
 
-def _length(minutes: Minutes) -> str:
-    number = round((minutes[1]["at"] - minutes[0]["at"]) / 60)
-    return "minute" if number == 1 else f"{number} minutes"
-
-
 def trend(counts: list[tuple[int, int]]) -> str:
     """Return lines of the completed and the failed attempts of each period."""
     top = float(max(1, *map(max, counts)))
@@ -230,7 +225,8 @@ def _jobs_keys(minutes: Minutes) -> str:
     failed = sum(map(_failed, minutes))
     share = f" ({failed / (failed + sum(each['completed'] for each in minutes)):.1%})" if failed else ""
     total["failed"] = f"failed attempts {failed:,}{share}"
-    return f"""<div class="keys"><b>Jobs per {_length(minutes)}</b>
+    number = round((minutes[1]["at"] - minutes[0]["at"]) / 60)
+    return f"""<div class="keys"><b>Jobs per {"minute" if number == 1 else f"{number} minutes"}</b>
 <span><i class="completed"></i>{total["completed"]}</span>
 <span><i class="failed"></i>{total["failed"]}</span>
 <span><i class="enqueued line"></i>{total["enqueued"]}</span></div>"""

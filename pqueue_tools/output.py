@@ -71,7 +71,8 @@ def write(result: CommandResult, options: argparse.Namespace) -> None:
             "\n".join(_with_severity(printable(line)) for line in result.text.split("\n")), end="\n" * bool(result.text)
         )
     elif chosen == "json":
-        _write_json(_chosen(result.rows, _columns(options)))
+        for row in _chosen(result.rows, _columns(options)):
+            print(_encodable(json_text({key: for_machines(key, value) for key, value in row.items()})))
     elif chosen == "tsv":
         _write_tsv(_chosen(result.rows, _columns(options) or result.columns))
     else:
@@ -88,11 +89,6 @@ def _chosen(rows: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> Iterabl
         if unknown := [name for name in columns if name not in row]:
             raise UsageError(f"--columns: expected names among {', '.join(row)}, got {cut(', '.join(unknown), 80)}")
         yield {name: row[name] for name in columns or row}
-
-
-def _write_json(rows: Iterable[dict[str, Any]]) -> None:
-    for row in rows:
-        print(_encodable(json_text({key: for_machines(key, value) for key, value in row.items()})))
 
 
 def _write_tsv(rows: Iterable[dict[str, Any]]) -> None:
@@ -208,7 +204,7 @@ def table(rows: Sequence[dict[str, Any]], width: int, *, colours: bool = False, 
         ]
         for name in rows[0]
     }
-    whole = {name for name in columns if is_time(name) or all(_is_number(row[name]) for row in rows)}
+    whole = {name for name in columns if is_time(name) or all(isinstance(row[name], int | None) for row in rows)}
     widths = _widths({name: max(map(cells, column)) for name, column in columns.items()}, whole, width)
     numbers = {name for name in widths if name in whole and not is_time(name)}
     lines = []
@@ -249,10 +245,6 @@ def _widths(wanted: dict[str, int], whole: set[str], width: int) -> dict[str, in
 def _least(widths: dict[str, int], most: dict[str, int]) -> int:
     """Return the width of a table in which some columns are cut to at most so many cells."""
     return sum(min(cells, most.get(name, cells)) for name, cells in widths.items()) + 2 * (len(widths) - 1)
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or isinstance(value, int)
 
 
 def _cell(text: str, width: int, is_number: bool, in_colour: bool) -> str:

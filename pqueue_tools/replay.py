@@ -116,17 +116,6 @@ def replay(mine: PersistentQInterface, job: Job, timeout_seconds: float, *, is_a
     return Replayed(job, after, error, seconds, _stored(mine, record.ids), record.called, record.executed)
 
 
-def _expect_finished(job: Job) -> None:
-    if job.state not in FINISHED:
-        raise InvalidTransition(f"cannot replay job {job.id}: expected one of {', '.join(FINISHED)}, it is {job.state}")
-
-
-def _expect_known(job: Job) -> None:
-    if job.task not in TASKS:
-        known = ", ".join(sorted(TASKS)) or "none"
-        raise ValueError(f"cannot replay job {job.id}: expected --import MODULE with task {job.task!r}, got {known}")
-
-
 @contextmanager
 def rehearsal(queue: PersistentQInterface) -> Iterator[PersistentQInterface]:
     """Yield a queue with the same jobs, whose changes are undone at the end.
@@ -282,11 +271,14 @@ def _time_limit(seconds: float) -> Iterator[None]:
 def command(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Replay a job, print the traceback of an exception, and return what the task would have changed."""
     job = queue.get(options.job_id)
-    _expect_finished(job)
+    if job.state not in FINISHED:
+        raise InvalidTransition(f"cannot replay job {job.id}: expected one of {', '.join(FINISHED)}, it is {job.state}")
     logging.basicConfig(level="INFO", format="%(levelname)s:%(name)s:%(message)s")  # for what the task logs
     with rehearsal(queue) as mine:
         worker.known_tasks(options.import_)
-        _expect_known(job)
+        if job.task not in TASKS:
+            got = ", ".join(sorted(TASKS)) or "none"
+            raise ValueError(f"cannot replay job {job.id}: expected --import MODULE with task {job.task!r}, got {got}")
         if options.save:
             save_test(queue, job, options.import_, options.save)
         print_error("admin", "warning: what the task does outside the queue's database is real: files, requests, mails")

@@ -509,14 +509,11 @@ def why(
         return _why_finished(job, now)
     if job.state == "processing":
         return _why_processing(queue, job, now)
-    if job.expires_at is not None and job.expires_at <= now:
-        return f"it expired {ago(job.expires_at, now)}: the next consumer that takes jobs cancels it"
-    return _why_not_started(queue, job, now, stats) + _expiry(job, now)
-
-
-def _expiry(job: Job, now: float) -> str:
-    at = job.expires_at
-    return "" if at is None else f"; it is cancelled unless it starts within {span(at - now)}"
+    expires_at = job.expires_at
+    if expires_at is not None and expires_at <= now:
+        return f"it expired {ago(expires_at, now)}: the next consumer that takes jobs cancels it"
+    end = "" if expires_at is None else f"; it is cancelled unless it starts within {span(expires_at - now)}"
+    return _why_not_started(queue, job, now, stats) + end
 
 
 def _why_not_started(queue: PersistentQInterface, job: Job, now: float, stats: dict[str, Any] | None) -> str:
@@ -583,8 +580,9 @@ def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any], n
             return f"no live consumer serves its queue {job.queue}"
     if not any(_knows(each, job.task) for each in alive):
         return f"no running consumer knows this task, {job.task}: {_start([job.task])}"
-    waiting = f"it is waiting: {count(stats['pending'], 'job')} pending in queue {job.queue}, {_busy(alive)}"
-    return _why_limited(queue, job, now) or waiting
+    busy = sum(1 for each in alive if each["job_ids"])
+    waiting = f"it is waiting: {count(stats['pending'], 'job')} pending in queue {job.queue}"
+    return _why_limited(queue, job, now) or f"{waiting}, {busy} of {count(len(alive), 'consumer')} busy"
 
 
 def why_held_back(queue: PersistentQInterface, name: str) -> str | None:
@@ -610,11 +608,6 @@ def _why_limited(queue: PersistentQInterface, job: Job, now: float) -> str | Non
         next_one = f"its rate allows the next one {ago(found['next_at'], now)}"
         return f"{group} has begun {count(jobs, 'job')} within {interval(seconds)}: {next_one}"
     return None
-
-
-def _busy(alive: list[dict[str, Any]]) -> str:
-    busy = sum(1 for each in alive if each["job_ids"])
-    return f"{busy} of {count(len(alive), 'consumer')} busy"
 
 
 COUNTERS = {  # an event of pqueue_outcomes, and the help of its counter
