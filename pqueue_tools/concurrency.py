@@ -269,9 +269,6 @@ class ConcurrentConsumer(Consumer):
         del self._runs[run.slot.number]
         self._free.append(run.slot)
 
-    def _clear_results(self) -> None:
-        """Do nothing: `_publish_results` does it, as other threads add results and errors meanwhile."""
-
     def _publish_results(self) -> None:
         """Store in the record the results that are not committed."""
         with self._adding:

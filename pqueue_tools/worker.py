@@ -205,6 +205,7 @@ class Consumer:
         while True:
             limit = self._limit()
             jobs = self._complete_and_dequeue(limit)
+            self.record.clear_results()
             if jobs:
                 self._waiting.extend(jobs)
                 self.taken += len(jobs)
@@ -245,13 +246,7 @@ class Consumer:
         # guard: what has finished is completed, although its worker cannot do it
         if not finished and not limit:
             return []
-        jobs = self._retry_while_busy(finished, call)
-        self._clear_results()
-        return jobs
-
-    def _clear_results(self) -> None:
-        """Remove the results that are committed from the record."""
-        self.record.clear_results()
+        return self._retry_while_busy(finished, call)
 
     def _retry_while_busy(self, held: list[tuple[Job, Any]], call: Callable[[], T]) -> T | None:
         """Repeat a call while the database is locked or full. Give up if stopped, or when the leases have expired."""
@@ -358,13 +353,17 @@ class Consumer:
         # guard: nothing is written in a transaction that a task has left open
         if self.queue.in_transaction:
             self._break_off_in_transaction(job, claim, failure)
-        is_stored = self._store(job, claim, failure, encoded)
+        # For the keeper to settle if this process dies
+        is_stored = failure is None and self.record.add_result(job.id, claim, encoded)
+        if failure:
+            self.record.add_error(job.id, claim, failure.text)
         self._has_leftovers(job, took)
         if failure is None:
             self._run_seconds = max(took, 0.8 * self._run_seconds + 0.2 * took)
             self._finished.append((job, encoded))
             if not is_stored:
                 self._complete_and_dequeue(0)
+                self.record.clear_results()
         else:
             self._settle(job, failure)
         if self.task_log:
@@ -381,12 +380,6 @@ class Consumer:
         # guard: garbage of a task that disabled its collection is freed within the limits of the task
         if self._collects and not gc.isenabled():
             gc.collect()
-
-    def _store(self, job: Job, claim: int, failure: Failure | None, encoded: Encoded | None) -> bool:
-        """Store how a run ended, for the keeper to settle if this process dies; return False if there is no room."""
-        if failure is None:
-            return self.record.add_result(job.id, claim, encoded)
-        return self.record.add_error(job.id, claim, failure.text)
 
     def _has_leftovers(self, job: Job | None = None, took: float = float("inf")) -> bool:
         """Undo and report what tasks have left behind; end the process if the database cannot be used in it any more.
@@ -496,7 +489,7 @@ class Consumer:
         if self.is_embedded:
             raise QueueError(f"cannot continue after job {job.id}, which left a transaction() open: {failure.text}")
         self._must_end = True
-        self._store(job, claim, failure, None)
+        self.record.add_error(job.id, claim, failure.text)
         self._report_left(["an open transaction"], job=job.id, task=job.task)
         self._break_off()
 
