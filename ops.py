@@ -75,12 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _under_streamlit() -> bool:
-    return "streamlit.runtime" in sys.modules and sys.modules["streamlit.runtime"].exists()
-
-
 if __name__ == "__main__":
-    if _under_streamlit():
+    if "streamlit.runtime" in sys.modules and sys.modules["streamlit.runtime"].exists():
         from pqueue_tools.dashboard_streamlit import page
 
         page()

@@ -66,10 +66,6 @@ Answer = tuple[HTTPStatus, str, bytes]  # status, type and body
 class Refused(Exception):
     """The request is answered with this status and message."""
 
-    def __init__(self, status: HTTPStatus, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
-
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
@@ -183,8 +179,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(self._get)
 
-    def do_HEAD(self) -> None:
-        self._answer(self._get)
+    do_HEAD = do_GET  # noqa: N815 - a name of http.server
 
     def do_POST(self) -> None:
         self._answer(self._post)
@@ -195,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
             self._check()
             respond()
         except Refused as refused:
-            self._refuse(refused.status, str(refused))
+            self._refuse(*refused.args)
         except JobNotFound as error:
             self._refuse(HTTPStatus.NOT_FOUND, str(error))
         except ValueError as error:  # from the queue, urlsplit or parse_qs

@@ -6,6 +6,7 @@ from pqueue_tools import termination
 
 termination.reset_sigint()
 
+from functools import partial  # noqa: E402
 from importlib import import_module  # noqa: E402
 
 
@@ -14,21 +15,8 @@ def _run(program: str) -> int:
     return code
 
 
-def admin() -> int:
-    return _run("admin")
-
-
-def consumer() -> int:
-    return _run("consumer")
-
-
-def manager() -> int:
-    return _run("manager")
-
-
-def ops() -> int:
-    return _run("ops")
-
-
-def producer() -> int:
-    return _run("producer")
+admin = partial(_run, "admin")
+consumer = partial(_run, "consumer")
+manager = partial(_run, "manager")
+ops = partial(_run, "ops")
+producer = partial(_run, "producer")

@@ -55,10 +55,6 @@ class ManagerError(Exception):
     """The request failed; the message says why and what to do."""
 
 
-def _never(_: object) -> bool:
-    return False
-
-
 class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         if not hasattr(socket, "AF_UNIX"):
@@ -180,7 +176,10 @@ def add_group(
 
 
 def _expect_started(
-    wanted: Callable[[dict[str, Any]], bool], size: int, failure: str, has_registered: Callable[[int], bool] = _never
+    wanted: Callable[[dict[str, Any]], bool],
+    size: int,
+    failure: str,
+    has_registered: Callable[[int], bool] = lambda _: False,
 ) -> None:
     """Wait until this many consumers among supervisord's processes take jobs: they say so in their logs, or have
     registered under their pid. Raises ManagerError, with this text before the reason.
@@ -195,9 +194,8 @@ def _expect_started(
             was_restarted = pid != pids.setdefault(name, pid) if pid else False
             if was_restarted or state in ("BACKOFF", "EXITED", "FATAL", "UNKNOWN"):
                 raise ManagerError(f"{failure}: {name} ended: {_last_log_line(name)}")
-            if name not in started and logs.setdefault(name, StartLog(name)).says_that_it_started(pid):
-                started.add(name)
-            if name not in started and pid and has_registered(pid):
+            log = logs.setdefault(name, StartLog(name))
+            if name not in started and (log.says_that_it_started(pid) or (pid and has_registered(pid))):
                 started.add(name)
         if len(started) == size and all(each["state"] == "RUNNING" for each in found):
             return
@@ -263,7 +261,7 @@ def _delete_configuration(group: str) -> None:
     sync(INCLUDED)
 
 
-def start(name: str, has_registered: Callable[[int], bool] = _never) -> None:
+def start(name: str, has_registered: Callable[[int], bool] = lambda _: False) -> None:
     """Start a process, given by its name without the group, and wait until it runs and, if it is a consumer, takes
     jobs. has_registered: whether a consumer with this pid has registered. Raises ManagerError.
     """
