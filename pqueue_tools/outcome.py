@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
@@ -71,8 +72,12 @@ def delay_after(task: pqueue.Task[..., Any], attempts: int) -> float:
     try:
         return task.retry_in_seconds(attempts)
     except Exception as error:
-        _report_backoff(task.name, summary(error))
+        with _reporting:
+            _report_backoff(task.name, summary(error))
         return pqueue.backoff_seconds(attempts, cap_seconds=task.max_backoff_seconds)
+
+
+_reporting = threading.Lock()  # two threads that call a function of `lru_cache` at the same time would both run it
 
 
 @lru_cache

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -235,6 +236,19 @@ def test_backoff_of_a_user_that_fails_is_logged_and_the_default_delay_applies(ta
     expected = "ValueError: expected backoff to be a finite number of seconds"
     assert len(re.findall('log .*"backoff of task broken raised ZeroDivisionError: .*level=warning', done.stdout)) == 1
     assert re.search(f'log .*"backoff of task wrong raised {expected}, .*level=warning', done.stdout)
+
+
+def test_failing_backoff_is_logged_once_by_two_threads(monkeypatch):
+    def warn(*said):
+        time.sleep(0.1)
+        warnings.append(said)
+
+    warnings = []
+    monkeypatch.setattr(outcome.log, "warning", warn)
+    task = pqueue.Task("halved", lambda: None, backoff=lambda _: 1 / 0)
+    with ThreadPoolExecutor(2) as pool:
+        assert len(list(pool.map(lambda _: outcome.delay_after(task, 1), range(2)))) == 2
+    assert len(warnings) == 1
 
 
 # Draining
