@@ -2099,7 +2099,7 @@ def test_streamlit_page_resubmits_the_group_that_was_chosen_whatever_fails_meanw
         failed(queue, task="a")
     page.run(timeout=PATIENCE_SECONDS)
     assert page.selectbox(key="row of Failures").value == "c: ValueError: no"
-    page.button(key="yes, resubmit all matching failed c ValueError: no").click().run(timeout=PATIENCE_SECONDS)
+    page.button(key="yes, resubmit matching failed c ValueError: no").click().run(timeout=PATIENCE_SECONDS)
     assert [job.task for job in queue.list_jobs(state="pending")] == ["c"]
 
 
