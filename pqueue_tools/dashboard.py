@@ -329,9 +329,8 @@ class FigureCache:
         found = [each for each in found if each.task == task]
         starts = _starts(step)
         series = _series(found, starts)
-        known = {each.queue for each in found} | {
-            each["queue"] for each in figures["schedules"] if each["task"] == task
-        }
+        schedules = [each for each in figures["schedules"] if each["task"] == task]
+        known = {each.queue for each in found} | {each["queue"] for each in schedules}
         queues = {name: each for name, each in figures["overview"]["queues"].items() if name in known}
         failures = [each for each in figures["failures"] if each["task"] == task]
         return {
@@ -341,7 +340,7 @@ class FigureCache:
             "total": total((each for each in found if each.at >= starts[0]), starts[0], task=task),
             "failures": failures,
             "newest": self._failed_last(query, [each["last_id"] for each in failures[:JOBS_PER_PAGE]]),
-            "schedules": [each for each in figures["schedules"] if each["task"] == task],
+            "schedules": schedules,
             "handler": figures["handlers"].get(f"task:{task}"),
             "overview": {**figures["overview"], "queues": queues},
         }
@@ -498,13 +497,12 @@ def _rows(found: Iterable[Outcomes], starts: list[float], *, by_task: bool) -> l
     for each in found:
         if each.at >= starts[0]:
             groups.setdefault((each.queue, each.task if by_task else ""), []).append(each)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (queue, task), those in groups.items():
         trend = [(each["completed"], each["failed"] + each["retried"]) for each in _series(those, starts)]
-        row = {"row": total(those, starts[0], queue, task), "trend": trend}
-        rows.append(
-            row if by_task else {**row, "per_minute": report.per_minute([e for e in those if e.at >= starts[-2]])}
-        )
+        rows.append({"row": total(those, starts[0], queue, task), "trend": trend})
+        if not by_task:
+            rows[-1]["per_minute"] = report.per_minute([each for each in those if each.at >= starts[-2]])
     return sorted(rows, key=lambda each: report.failing_first(each["row"]))
 
 

@@ -118,16 +118,11 @@ def remove_copies() -> None:
     A running consumer holds a lock on its copy.
     """
     with suppress(OSError, ValueError), _open_directory() as folder:  # each job reports such an error
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
         for copy in _copies(folder, ".+"):
-            with suppress(OSError):
-                _remove_stale(copy, folder)
-
-
-def _remove_stale(copy: str, folder: int) -> None:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    with pqueue_files.closing_file(os.open(copy, flags, dir_fd=folder)) as file:
-        if pqueue_files.try_lock(file):
-            os.unlink(copy, dir_fd=folder)
+            with suppress(OSError), pqueue_files.closing_file(os.open(copy, flags, dir_fd=folder)) as file:
+                if pqueue_files.try_lock(file):
+                    os.unlink(copy, dir_fd=folder)
 
 
 def create_locked(path: str | Path, flags: int, folder: int | None = None) -> int:
