@@ -55,27 +55,19 @@ class ManagerError(Exception):
     """The request failed; the message says why and what to do."""
 
 
-class _Connection(http.client.HTTPConnection):
-    def connect(self) -> None:
-        if not hasattr(socket, "AF_UNIX"):
-            raise ManagerError(f"cannot reach supervisord: it does not run on {sys.platform}")
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        try:
-            self.sock.connect(str(SOCKET))
-        except OSError:
-            self.sock.close()
-            raise
-
-
 class _Transport(xmlrpc.client.Transport):
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self._seconds = seconds
 
     def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        connection = _Connection("localhost", timeout=self._seconds)
-        self._connection = host, connection  # for Transport.close
+        if not hasattr(socket, "AF_UNIX"):
+            raise ManagerError(f"cannot reach supervisord: it does not run on {sys.platform}")
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = socket.socket(socket.AF_UNIX)
+        self._connection = host, connection  # for Transport.close, also on an error
+        connection.sock.settimeout(self._seconds)
+        connection.sock.connect(str(SOCKET))
         return connection
 
 
