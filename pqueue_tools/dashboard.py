@@ -43,7 +43,6 @@ REFRESH_SECONDS = 2
 PERIODS = 60  # of each chart: minutes of an hour, or longer ones of DAYS
 DAYS = {"24 h": 24 * 60, "72 h": 72 * 60}  # seconds of a period of the charts; each divides the next
 RANGES = ("1 h", *DAYS)
-COUNTED = ("enqueued", "completed", "failed", "retried")
 FAILED_GROUPS_SHOWN = 20
 CONSUMERS_SHOWN = 100
 NEWEST_SHOWN = 10  # failed jobs of a task
@@ -507,7 +506,7 @@ def _rows(found: Iterable[Outcomes], starts: list[float], *, by_task: bool) -> l
 
 
 def _period(each: Outcomes) -> dict[str, Any]:
-    counts = {name: getattr(each, name) for name in COUNTED}
+    counts = {name: getattr(each, name) for name in report.COUNTED}
     return {"at": each.at, **counts, "wait": percentiles(each.wait), "run": percentiles(each.run)}
 
 

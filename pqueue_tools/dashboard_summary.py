@@ -253,7 +253,7 @@ def _jobs_chart(minutes: Minutes, clock: Clock) -> str:
                     f'width="{step - 2:.1f}" height="{tall:.1f}" fill="{dashboard.CHART_COLOURS[name]}"{going_on}/>'
                 )
     marks += _line([each["enqueued"] / top * zero + HEIGHT - zero for each in minutes[:-1]], HEIGHT, step, "enqueued")
-    tips = [", ".join(f"{each[name]:,} {name}" for name in dashboard.COUNTED) for each in minutes]
+    tips = [", ".join(f"{each[name]:,} {name}" for name in report.COUNTED) for each in minutes]
     scale = [
         (f"{top:,.0f}", 0.0),
         ("0", zero),

@@ -32,7 +32,6 @@ ORDERS: dict[str, Callable[[dict[str, Any]], Any]] = {  # of the queues and cons
     "pending": lambda row: -row.get("pending", len(row.get("jobs", ""))),
     "failed": lambda row: -row["failed"],
 }
-HELP = ("q quit", "↑ ↓ scroll", "s sort by {order}")
 
 Reading = Callable[[PersistentQInterface], Any]  # a context manager that reports a damaged database as a QueueError
 
@@ -125,7 +124,7 @@ def run(reading: Reading, interval: float) -> None:
 
 def _help(order: str, top: int, most: int, total: int) -> list[str]:
     hidden = [] if total <= most else [f"lines {top + 1} to {min(total, top + most)} of {total}"]
-    return [HELP[0], *hidden, *HELP[1:-1], HELP[-1].format(order=order)]
+    return ["q quit", *hidden, "↑ ↓ scroll", f"s sort by {order}"]
 
 
 def _draw(lines: list[str], status: str, most: int) -> None:

@@ -35,16 +35,14 @@ READABLE_CELLS = 5  # of any column
 LEAST_CELLS = 3  # of a column that is cut because dropping others was not enough
 JOINED = re.compile("[\u1160-\u11ff\ud7b0-\ud7ff]")  # vowels and finals of Hangul, shown within the first consonant
 COLOURS = {
-    "completed": 32,
+    **dict.fromkeys(("failed", "dead", "FATAL", "critical"), 31),
+    **dict.fromkeys(("completed", "running", "RUNNING"), 32),
+    **dict.fromkeys(("pending", "warning"), 33),
+    **dict.fromkeys(("scheduled", "waiting"), 34),
+    **dict.fromkeys(("stopped", "STOPPED", "info"), 90),
     "processing": 36,
-    "pending": 33,
-    "scheduled": 34,
-    "waiting": 34,
-    "failed": 31,
     "cancelled": 35,
 }
-COLOURS |= {"running": 32, "RUNNING": 32, "dead": 31, "FATAL": 31, "stopped": 90, "STOPPED": 90}
-COLOURS |= {"critical": 31, "warning": 33, "info": 90}
 
 
 @dataclass

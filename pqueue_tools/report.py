@@ -33,7 +33,7 @@ MAX_NAMED = 5  # jobs that a waiting job waits for
 NEARLY_ALL = 0.9  # of the attempts of a task: it does not work at all
 SEVERITIES = ("info", "warning", "critical")
 NO_FINDINGS = "no problem found"
-RATES = ("enqueued", "completed", "failed", "retried")
+COUNTED = ("enqueued", "completed", "failed", "retried")
 DOCUMENTS = ("payload", "result", "meta")  # of a job
 CLOCK_SECONDS = 5.0  # a larger difference between this host's clock and the server's is reported
 BUILT_IN = ("prepend_timestamp",)  # tasks that a consumer knows without --import
@@ -451,7 +451,7 @@ def per_minute(found: list[Outcomes]) -> dict[str, int]:
     for each in found:
         minutes.setdefault(each.at, []).append(each)
     sums = [total(those) for those in minutes.values()]
-    return {name: max((getattr(each, name) for each in sums), default=0) for name in RATES}
+    return {name: max((getattr(each, name) for each in sums), default=0) for name in COUNTED}
 
 
 def failing_first(each: Outcomes) -> Any:
@@ -478,7 +478,7 @@ def outcome_rows(queue: PersistentQInterface, since: float | None, by: str) -> l
         {
             "queue": each.queue,
             **({"task": each.task} if by == "task" else {}),
-            **{name: getattr(each, name) for name in RATES},
+            **{name: getattr(each, name) for name in COUNTED},
             "failed_share": round(each.failed_share, 4),
             "p50_seconds": _rounded(each.run.quantile(0.5)),
             "p95_seconds": _rounded(each.run.quantile(0.95)),

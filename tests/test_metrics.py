@@ -351,8 +351,8 @@ def test_figures_agree_after_resubmits_prunes_and_restarts(queue, capsys, monkey
         assert dict(metrics) == dict(whole)
         days = compute_days(queue)
         for periods in (dashboard._hour(queue)["minutes"], *(days[name] for name in dashboard.DAYS)):
-            assert {name: sum(each[name] for each in periods) for name in dashboard.COUNTED} == {
-                name: whole[name] for name in dashboard.COUNTED
+            assert {name: sum(each[name] for each in periods) for name in report.COUNTED} == {
+                name: whole[name] for name in report.COUNTED
             }
         for name in EVENTS:
             assert sum(getattr(each["row"], name) for each in days["tasks"]) == whole[name]

@@ -147,7 +147,7 @@ def test_figures_on_the_page_are_the_databases(queue, site):
     shown = json.loads(site.ask("/api/stats")[1])
     assert shown["states"] == states
     hour = pqueue_outcomes.total(queue.outcomes(shown["minutes"][0]["at"]))
-    of_the_hour = {name: getattr(hour, name) for name in dashboard.COUNTED}
+    of_the_hour = {name: getattr(hour, name) for name in report.COUNTED}
     assert {name: sum(each[name] for each in shown["minutes"]) for name in of_the_hour} == of_the_hour
     assert of_the_hour["completed"] > 300
     with sqlite3.connect(queue.path) as db:
