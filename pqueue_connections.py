@@ -142,7 +142,7 @@ class ParsedURL(NamedTuple):
 
 def parse_url(url: str) -> ParsedURL:
     """Parse a postgresql:// URL. Raises ValueError, without the URL, which may contain a password."""
-    scheme, _, rest = url.partition("://")
+    scheme, _, rest = url.strip().partition("://")  # a file of a secret often ends with a newline
     if scheme.startswith("postgresql+") and scheme != "postgresql+psycopg":
         raise ValueError(f"expected postgresql:// or postgresql+psycopg://, got the driver {scheme[11:][:40]!r}")
     rest, _, query = rest.partition("?")

@@ -621,6 +621,14 @@ def test_server_without_tls_is_an_error_if_it_is_required(strict, parameters):
     assert re.search("SSL|certificate", str(error))
 
 
+@pytest.mark.parametrize("parameters", [{}, {"schema": "letters"}, {"sslmode": "disable"}])
+def test_program_opens_a_url_that_ends_with_a_newline(database, parameters):
+    url = with_query(database, **parameters) + "\n"
+    with mock.patch.dict(os.environ, PQUEUE_URL=url), closing(pqueue.open_queue()) as queue:
+        queue.enqueue("t")
+        assert queue.name == queue.name.strip()
+
+
 @pytest.mark.parametrize("value", ["database", "true", "bogus"])
 def test_url_of_a_connection_for_replication_opens_a_usual_one(database, value):
     with closing(pqueue.open_queue(with_query(database, replication=value))) as queue:
