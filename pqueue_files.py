@@ -451,7 +451,7 @@ def move_into_place(part: Path, target: Path, *, is_new: bool) -> None:
     """Rename the file to the target. No log of the old target may exist by then."""
     logs = [log for suffix in LOGS if (log := Path(f"{target}{suffix}")).exists()]
     if is_new:
-        create_file(target)  # fails if another process has created it
+        create_file(target)  # reserves the name; fails if another process has created it
     elif logs:  # of a damaged database, which must not be opened without them
         placeholder = part.with_suffix(".placeholder")
         create_file(placeholder)
@@ -459,19 +459,15 @@ def move_into_place(part: Path, target: Path, *, is_new: bool) -> None:
         sync(placeholder)
         placeholder.replace(target)
         sync(target.parent)
-    for each in (*logs, Path(f"{target}-shm")):
-        each.unlink(missing_ok=True)
-    # guard: no old log reappears next to a restored file
-    sync(target.parent)
-    rename(part, target, is_new=is_new)
-    sync(target.parent)
-
-
-def rename(part: Path, target: Path, *, is_new: bool) -> None:
-    """Rename the file to the target. If that fails, remove the empty file that reserved a new name."""
     try:
+        for each in (*logs, Path(f"{target}-shm")):
+            each.unlink(missing_ok=True)
+        # guard: no old log reappears next to a restored file
+        sync(target.parent)
         part.replace(target)
     except OSError:
         if is_new:
             target.unlink()
         raise
+    # guard: a backup's name is synced
+    sync(target.parent)

@@ -45,7 +45,6 @@ from pqueue_files import (
     opening_error,
     part_of,
     real_path,
-    rename,
     replaced,
     status,
     sync,
@@ -1020,10 +1019,7 @@ class PersistentQSQLite(PersistentQInterface):
                     if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                         raise QueueError(f"cannot back up to {target}: the copy is damaged")
                 sync(part)  # some versions of SQLite do not
-                create_file(target)  # reserves the name; fails if it exists
-                rename(part, target, is_new=True)
-            # guard: a backup's name is synced
-            sync(target.parent)
+                move_into_place(part, target, is_new=True)
         except OSError as error:
             raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
         except sqlite3.Error as error:

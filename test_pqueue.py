@@ -7004,6 +7004,20 @@ class Files(SQLiteCase):
         with self.assertRaisesRegex(QueueError, "File exists"):
             queue.backup(copy)
 
+    def test_backup_is_read_without_a_log_that_another_database_of_its_name_has_left(self):
+        copy = self.folder / "copy.db"
+        log = self.folder / "copy.db-wal"
+        with pqueue.PersistentQSQLite(copy) as other:
+            other.enqueue_many("old", range(50))
+            left = log.read_bytes()
+        copy.unlink()
+        log.write_bytes(left)  # as by a program that was killed
+        queue = self.open()
+        queue.enqueue("t")
+        queue.backup(copy)
+        with closing(sqlite3.connect(copy)) as db:
+            self.assertEqual(db.execute("SELECT task FROM jobs").fetchall(), [("t",)])
+
     def test_compact_shrinks_the_file_in_transactions_that_let_others_write(self):
         queue = self.open()
         queue.enqueue_many("t", ["x" * 1000] * 2000)
@@ -7111,19 +7125,19 @@ class Files(SQLiteCase):
             synced.clear()
             queue.backup(self.path.with_name("backup.db"))
             self.assertTrue(synced[0].endswith(".part"))
-            self.assertEqual(synced[1:], [str(self.path.parent)])
+            self.assertEqual(synced[1:], [str(self.path.parent)] * 2)  # before it takes its name, and after
             synced.clear()
             queue.begin_move("elsewhere")
             queue.move_to_file(self.path.with_name("moved.db"))
         self.assertRegex(synced[0], r"moved\.db\.\w+\.part$")
-        self.assertEqual(synced[1:], [str(self.path.parent)] * 2)  # before it takes its name, and after
+        self.assertEqual(synced[1:], [str(self.path.parent)] * 2)
         self.assertEqual([path.name for path in self.path.parent.glob("*.part")], [])
 
     def test_backup_that_fails_leaves_nothing(self):
         queue = self.open()
         queue.enqueue("t")
         before = set(self.folder.iterdir())
-        for failing in ("pqueue_sqlite.sync", "pathlib.Path.replace"):
+        for failing in ("pqueue_sqlite.sync", "pqueue_files.sync", "pathlib.Path.replace"):
             with mock.patch(failing, side_effect=OSError(28, "No space left")), self.subTest(failing):
                 with self.assertRaisesRegex(QueueError, "cannot back up to .*copy.db: No space left"):
                     queue.backup(self.folder / "copy.db")
