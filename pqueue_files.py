@@ -98,9 +98,8 @@ class FileLocks:
 
         def look() -> tuple[bool, bytes, int]:
             """Return whether others have it open, the header of the index, and how many names the index has."""
-            asked = _flock(fcntl.F_WRLCK, FileLocks.INDEX_IN_USE)
-            kind = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))[0]
-            return kind != fcntl.F_UNLCK, os.pread(file, 96, 0), os.fstat(file).st_nlink
+            is_open = _holder(file, fcntl.F_WRLCK, FileLocks.INDEX_IN_USE) != 0
+            return is_open, os.pread(file, 96, 0), os.fstat(file).st_nlink
 
         try:
             if _count_open(identity(index)):
@@ -122,9 +121,7 @@ class FileLocks:
 
     def writer(self) -> int:
         """Return the pid of the process that holds SQLite's write lock; 0: none."""
-        asked = _flock(fcntl.F_RDLCK, self.WRITING)
-        kind, _, _, _, pid = struct.unpack(FLOCK, fcntl.fcntl(self._files[1], fcntl.F_OFD_GETLK, asked))
-        return int(pid) if kind == fcntl.F_WRLCK else 0
+        return _holder(self._files[1], fcntl.F_RDLCK, self.WRITING)
 
     def _set(self, kind: int) -> None:
         for file, where in zip(self._files, (self.IN_USE, self.INDEX_IN_USE), strict=True):
@@ -159,6 +156,12 @@ FLOCK = "hhqqi0q"  # struct flock
 
 def _flock(kind: int, where: tuple[int, int]) -> bytes:
     return struct.pack(FLOCK, kind, os.SEEK_SET, *where, 0)
+
+
+def _holder(file: int, kind: int, where: tuple[int, int]) -> int:
+    """Return the pid of a process whose lock excludes this one; 0: none, -1: not of a process."""
+    found, _, _, _, pid = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_OFD_GETLK, _flock(kind, where)))
+    return 0 if found == fcntl.F_UNLCK else int(pid)
 
 
 def identity(path: str | bytes | os.PathLike[str]) -> tuple[int, int]:
@@ -339,10 +342,15 @@ def error_reason(error: OSError, path: Path) -> str:
     return reason
 
 
-def opening_error(path: Path, error: OSError) -> QueueError:
-    # guard: a full disk is not the end of a program that waits for room
-    kind = QueueFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else QueueError
-    return kind(f"cannot open {path}: {error_reason(error, path)}")
+@contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """Raise QueueError for an OSError."""
+    try:
+        yield
+    except OSError as error:
+        # guard: a full disk is not the end of a program that waits for room
+        kind = QueueFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else QueueError
+        raise kind(f"cannot open {path}: {error_reason(error, path)}") from error
 
 
 def sync(path: Path) -> None:
@@ -351,10 +359,6 @@ def sync(path: Path) -> None:
         return
     with closing_file(os.open(path, os.O_RDONLY)) as file:
         sync_file(file)
-
-
-def file_number(path: Path) -> bytes:
-    return b"%20d" % (found.st_ino if (found := status(path)) else 0)
 
 
 def sync_file(file: int) -> None:

@@ -56,16 +56,17 @@ class WriterLock:
     def acquire(self, *, in_batch: bool = False) -> bool:
         """Return whether the lock was acquired; if so, `release` must follow."""
         until = time.monotonic() + self._seconds
+        acquired = False
         if not self._thread.acquire(timeout=self._seconds):
             return False
         try:
-            if not self._closed and self._acquire(int(in_batch), until):
-                return True
-        except BaseException:
-            self._cancel()
-            raise
-        self._cancel()
-        return False
+            acquired = not self._closed and self._acquire(int(in_batch), until)
+        finally:
+            if not acquired:
+                if not self._closed:
+                    self._lines[self._kind].release()
+                self.release()
+        return acquired
 
     def _acquire(self, kind: int, until: float) -> bool:
         self._kind, line = kind, self._lines[kind]
@@ -110,11 +111,6 @@ class WriterLock:
             for lock in (*self._lines, self._lock):
                 lock.close()
 
-    def _cancel(self) -> None:
-        if not self._closed:
-            self._lines[self._kind].release()
-        self.release()
-
 
 class FairLock:
     """A lock between processes with a timeout, which flock lacks; it is released when its holder dies.
@@ -135,22 +131,24 @@ class FairLock:
         numbers = range(len(kinds))
         # guard: a released lock goes to the other line
         self._order = [sorted(numbers, key=kind.__eq__) for kind in numbers]  # of waking, by the kind that releases
-        with ExitStack() as undo:
+        with ExitStack() as opened:
             self._file = open_private(path)
-            undo.callback(os.close, self._file)
-            self._map = _map_file(self._file, 8 * (self.WAITING_SINCE + len(kinds)))
-            self._shared = memoryview(self._map).cast("d")
+            opened.callback(os.close, self._file)
+            mapped = opened.enter_context(_map_file(self._file, 8 * (self.WAITING_SINCE + len(kinds))))
+            self._shared = opened.enter_context(memoryview(mapped).cast("d"))
             self._pipes: list[int] = []
             for kind in kinds:
                 self._pipes.append(_open_pipe(path.with_name(f"{path.name}{kind and '-'}{kind}.wakeup")))
-                undo.callback(os.close, self._pipes[-1])
-            undo.pop_all()
-        self._open = [self._file, *self._pipes]  # to close
+                opened.callback(os.close, self._pipes[-1])
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        self._opened.close()
 
     def __del__(self) -> None:
-        # guard: a queue that is not closed leaves no files open
-        for file in getattr(self, "_open", ()):
-            os.close(file)
+        with suppress(AttributeError):  # it could not be opened
+            # guard: a queue that is not closed leaves no files open
+            self.close()
 
     def try_acquire(self, kind: int | None = None) -> bool:
         """Acquire the lock unless it is held, or reserved for another kind; return whether it was acquired."""
@@ -234,12 +232,6 @@ class FairLock:
             stopped, remedy = "is stopped and ", f"continue it (kill -CONT {pid}) or end it (kill -KILL {pid})"
         return f"process {pid} {stopped}has held the write lock {self._path} for {seconds:.0f} s: {remedy}"
 
-    def close(self) -> None:
-        self._shared.release()
-        self._map.close()
-        while self._open:
-            os.close(self._open.pop())
-
 
 class ConsumerLocks:
     """Numbered locks of consumers: each has a lock file, a wake-up pipe, and a byte that is 1 while it waits."""
@@ -255,16 +247,20 @@ class ConsumerLocks:
             self._joined_until = memoryview(_map_file(file, 8)).cast("d")  # monotonic seconds
 
     def acquire(self) -> ConsumerLock:
+        return ConsumerLock(self, *self._acquire())
+
+    def _acquire(self) -> tuple[int, int, int]:
+        """Return the number of a lock, its descriptor, and that of its pipe."""
         for number in range(self.COUNT):
             with ExitStack() as undo:
                 lock = open_private(self._folder / f"{self.PREFIX}{number}.lock")
                 undo.callback(os.close, lock)
                 if try_lock(lock):
-                    pipe = self._folder / f"{self.PREFIX}{number}.wakeup"
-                    pipe.unlink(missing_ok=True)  # a former owner's may hold a wake-up
-                    slot = ConsumerLock(number, lock, _open_pipe(pipe))
+                    path = self._folder / f"{self.PREFIX}{number}.wakeup"
+                    path.unlink(missing_ok=True)  # a former owner's may hold a wake-up
+                    pipe = _open_pipe(path)
                     undo.pop_all()
-                    return slot
+                    return number, lock, pipe
         raise QueueError(f"cannot add a consumer: expected fewer than {self.COUNT} at a time")
 
     def has_begun(self, number: int, token: str, job_id: int) -> bool:
@@ -279,30 +275,16 @@ class ConsumerLocks:
         with closing_file(open_private(self._folder / f"{number}.lock")) as lock:
             return not try_lock(lock)
 
-    def wake(self) -> None:
-        """Wake up all waiting consumers, except dead ones."""
-        number = self.waiting.find(b"\1")
-        while number >= 0:
-            self._wake_one(number)
-            number = self.waiting.find(b"\1", number + 1)
-
-    def _wake_one(self, number: int) -> None:
-        self.waiting[number] = 0
-        path = self._folder / f"{self.PREFIX}{number}.wakeup"
-        with suppress(OSError), closing_file(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)) as pipe:
-            os.write(pipe, b"!")
-
-    def wait(self, slot: ConsumerLock, seconds: float, due_in: Callable[[], float]) -> bool:
-        until = time.monotonic() + seconds
-        try:
-            while True:
-                self.waiting[slot.number] = 1
-                left = min(until - time.monotonic(), due_in())
-                woken = slot.poll(min(left, LOOK_SECONDS) if self._is_joined() else left)
-                if left <= 0 or not self._is_joined():
-                    return woken
-        finally:
-            self.waiting[slot.number] = 0
+    def wake(self, wants: Callable[[int], bool] = lambda _: True) -> None:
+        """Wake up all waiting consumers, or those whose numbers are wanted, except dead ones."""
+        number = -1
+        while (number := self.waiting.find(b"\1", number + 1)) >= 0:
+            if not wants(number):
+                continue
+            self.waiting[number] = 0
+            path = self._folder / f"{self.PREFIX}{number}.wakeup"
+            with suppress(OSError), closing_file(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)) as pipe:
+                os.write(pipe, b"!")
 
     def expect_joined(self) -> None:
         """Let consumers look often for a while: the commit of a joined transaction wakes nobody."""
@@ -310,7 +292,7 @@ class ConsumerLocks:
         self._joined_until[0] = time.monotonic() + WAIT_SECONDS
         self.wake()
 
-    def _is_joined(self) -> bool:
+    def is_joined(self) -> bool:
         return 0 < self._joined_until[0] - time.monotonic() <= WAIT_SECONDS
 
 
@@ -322,37 +304,16 @@ class ResultLocks(ConsumerLocks):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         with closing_file(open_private(folder / "result-jobs")) as file:
-            self._jobs = memoryview(_map_file(file, 8 * self.COUNT)).cast("Q")
+            self.jobs = memoryview(_map_file(file, 8 * self.COUNT)).cast("Q")
+
+    def acquire(self) -> ResultLock:
+        return ResultLock(self, *self._acquire())
 
     def wake_for(self, finished: Sequence[int]) -> None:
         """Wake up those that wait for one of these jobs."""
-        number = self.waiting.find(b"\1")
-        wanted = {0, *finished} if number >= 0 else set()
-        while number >= 0:
-            # guard: a finished job wakes up those that wait for it
-            if self._jobs[number] in wanted:
-                self._wake_one(number)
-            number = self.waiting.find(b"\1", number + 1)
-
-    def publish(self, slot: ConsumerLock, job_ids: Sequence[int]) -> None:
-        self._jobs[slot.number] = job_ids[0] if len(job_ids) == 1 else 0
-
-
-class ResultWatch:
-    """Waits for jobs to finish at the wake-up pipe of a lock."""
-
-    def __init__(self, locks: ResultLocks) -> None:
-        self._locks, self._slot = locks, locks.acquire()
-
-    def wait(self, job_ids: list[int], find: Callable[[], bool]) -> None:
-        self._locks.publish(self._slot, job_ids)
-        self._locks.wait(self._slot, WAIT_SECONDS, lambda: 0.0 if find() else math.inf)
-
-    def interrupt(self) -> None:
-        self._slot.interrupt()
-
-    def close(self) -> None:
-        self._slot.close()
+        wanted = {0, *finished}
+        # guard: a finished job wakes up those that wait for it
+        self.wake(lambda number: self.jobs[number] in wanted)
 
 
 class BegunJobs:
@@ -404,18 +365,26 @@ def boot_id() -> int:
 
 
 class ConsumerLock:
-    """The lock that shows that a consumer is alive."""
+    """The lock that shows that a consumer is alive, and the pipe that wakes it up."""
 
-    def __init__(self, number: int, lock: int, pipe: int) -> None:
-        self.number = number
+    def __init__(self, locks: ConsumerLocks, number: int, lock: int, pipe: int) -> None:
+        self._locks, self.number, self._lock, self._pipe = locks, number, lock, pipe
         self.begun: BegunJobs | None = None
-        self._lock, self._pipe = lock, pipe
 
     def publish(self, token: str) -> None:
         self.begun = self.begun or BegunJobs(self._lock, token)
 
-    def poll(self, seconds: float) -> bool:
-        return _wait_for(self._pipe, seconds)
+    def sleep(self, seconds: float, due_in: Callable[[], float]) -> bool:
+        until = time.monotonic() + seconds
+        try:
+            while True:
+                self._locks.waiting[self.number] = 1
+                left = min(until - time.monotonic(), due_in())
+                woken = _wait_for(self._pipe, min(left, LOOK_SECONDS) if self._locks.is_joined() else left)
+                if left <= 0 or not self._locks.is_joined():
+                    return woken
+        finally:
+            self._locks.waiting[self.number] = 0
 
     def interrupt(self) -> None:
         """Wake up this process, which may wait in another thread."""
@@ -430,6 +399,16 @@ class ConsumerLock:
             self.begun.close()
         os.close(self._lock)
         os.close(self._pipe)
+
+
+class ResultLock(ConsumerLock):
+    """Waits for jobs to finish at the wake-up pipe of a lock."""
+
+    _locks: ResultLocks
+
+    def wait(self, job_ids: list[int], find: Callable[[], bool]) -> None:
+        self._locks.jobs[self.number] = job_ids[0] if len(job_ids) == 1 else 0
+        self.sleep(WAIT_SECONDS, lambda: 0.0 if find() else math.inf)
 
 
 def _map_file(file: int, size: int) -> mmap.mmap:

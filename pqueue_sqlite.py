@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import shlex
 import shutil
@@ -15,7 +14,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from itertools import zip_longest
+from heapq import merge
+from itertools import islice, zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -31,7 +31,6 @@ from pqueue_files import (
     create_file,
     deleted_but_open,
     error_reason,
-    file_number,
     file_size,
     file_system,
     group_number,
@@ -42,7 +41,7 @@ from pqueue_files import (
     make_folder,
     move_into_place,
     open_private,
-    opening_error,
+    opening,
     part_of,
     real_path,
     replaced,
@@ -51,7 +50,7 @@ from pqueue_files import (
 )
 from pqueue_identity import DEFINITIONS, adopt_dump, expect_ours, is_dump, schema_of, schema_version
 from pqueue_join import JoinedSQLite, driver_connection
-from pqueue_locks import ConsumerLock, ConsumerLocks, ResultLocks, ResultWatch, WriterLock, boot_id
+from pqueue_locks import ConsumerLock, ConsumerLocks, ResultLocks, WriterLock, boot_id
 from pqueue_move import COPIED_ROWS, arrival
 from pqueue_operating import count_running
 from pqueue_outcomes import KEY, NEW, NEW_COMPLETIONS, NEW_JOBS, ROLL_UP_JOBS, SUM, UNTIMED, count, count_attempts
@@ -172,8 +171,8 @@ ADD_PENDING = "UPDATE queues SET pending = pending {change} 1 WHERE name = {row}
 # guard: a deleted job stops counting towards the limit
 COUNTERS = {
     f"jobs_{event.lower()}_{row}": (
-        f"CREATE TRIGGER jobs_{event.lower()}_{row} AFTER {event} {columns} ON jobs WHEN {IS_PENDING.format(row=row)} "
-        f"BEGIN {ADD_PENDING.format(row=row, change=change)}; END"
+        f"CREATE TRIGGER IF NOT EXISTS jobs_{event.lower()}_{row} AFTER {event} {columns} ON jobs "
+        f"WHEN {IS_PENDING.format(row=row)} BEGIN {ADD_PENDING.format(row=row, change=change)}; END"
     )
     for event, columns, row, change in (
         ("INSERT", "", "NEW", "+"),
@@ -214,20 +213,10 @@ TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND
 class SQLiteSession(Session):
     """One thread's connection. Its transactions hold the writer lock if they can."""
 
-    def __init__(
-        self,
-        path: Path,
-        connection: sqlite3.Connection,
-        writer_lock: WriterLock,
-        consumer_locks: ConsumerLocks | None,
-        result_locks: ResultLocks | None,
-        queue_error: Callable[[sqlite3.Error], QueueError],
-    ) -> None:
-        self._path, self.connection, self._error = path, connection, queue_error
-        self._writer_lock, self._consumer_locks, self._result_locks = writer_lock, consumer_locks, result_locks
+    def __init__(self, queue: PersistentQSQLite) -> None:
+        self._queue = queue
         self._has_lock = False
         self.busy = self._closed = False
-        self.is_open = True
         self._synchronous = ""
         self.wanted = "FULL"
         self.in_batch = False
@@ -236,35 +225,32 @@ class SQLiteSession(Session):
         self.was_lent = False  # to user code
         self.in_use = threading.RLock()  # held during calls into SQLite, so that no thread forks then
         self._locks: FileLocks | None = None
-
-    def open_files(self, *, is_read_only: bool) -> None:
-        """Make SQLite open the log, which it does at the first read, and hold its locks from then on."""
-        self.run("PRAGMA user_version")
-        self.files = DatabaseFiles(self._path)
-        try:
-            self._locks = None if is_read_only else FileLocks.acquire(self._path)
-        except FileNotFoundError:
-            raise replaced(self._path) from None
-        except OSError as error:
-            raise opening_error(self._path, error) from error
+        with ExitStack() as undo:
+            self.connection = undo.enter_context(closing(queue._connect()))
+            self.run("PRAGMA user_version")  # SQLite opens the log at the first read, and holds its locks from then on
+            self.files = DatabaseFiles(queue.path)
+            with opening(queue.path):
+                try:
+                    self._locks = None if queue.is_read_only else FileLocks.acquire(queue.path)
+                except FileNotFoundError:
+                    raise replaced(queue.path) from None
+            undo.pop_all()
 
     def run(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
         try:
             return self.connection.execute(sql, params).fetchall()
         except sqlite3.Error as error:
-            raise self._error(error) from error
+            raise self._queue._error(error) from error
 
     def change(self, sql: str, params: Params = NO_PARAMS) -> int:
         try:
             return self.connection.execute(sql, params).rowcount
         except sqlite3.Error as error:
-            raise self._error(error) from error
+            raise self._queue._error(error) from error
 
     def change_many(self, sql: str, rows: list[Params]) -> None:
-        try:
+        with self._queue._sqlite_errors():
             self.connection.executemany(sql, rows)
-        except sqlite3.Error as error:
-            raise self._error(error) from error
 
     def read(self, sql: str, params: Params) -> list[Any]:
         with self.in_use:
@@ -290,7 +276,7 @@ class SQLiteSession(Session):
             cursor = self.connection.execute(sql, params)
             ids = ids_up_to(cursor.lastrowid or 0, cursor.rowcount)  # RETURNING would cost more
         except sqlite3.Error as error:
-            raise self._error(error) from error
+            raise self._queue._error(error) from error
         finally:
             if is_alone:
                 self._cleanup()
@@ -309,7 +295,7 @@ class SQLiteSession(Session):
         self.busy, self.runs_user_code = True, False
         try:
             self._expect_open()
-            self._has_lock = self._writer_lock.acquire(in_batch=self.in_batch)
+            self._has_lock = self._queue._writer_lock.acquire(in_batch=self.in_batch)
             # guard: a replaced database is not written
             self.files.expect_in_place()
             if self._synchronous != self.wanted:
@@ -329,23 +315,12 @@ class SQLiteSession(Session):
         self.run("COMMIT")
 
     def _wake(self) -> None:
-        if self._consumer_locks:
-            self._consumer_locks.wake()
+        if locks := self._queue._consumer_locks:
+            locks.wake()
 
     def _wake_waiters(self) -> None:
-        if self._result_locks:
-            self._result_locks.wake_for(self.finished)
-
-    def hides_rows(self) -> bool:
-        """Return whether user code has changed the connection so that rows are hidden, or look different."""
-        own = self.connection
-        changed = (own.row_factory, own.text_factory, own.isolation_level) != (None, str, None)
-        return changed or bool(self.run("SELECT name FROM temp.sqlite_master"))
-
-    def settings(self) -> list[Any]:
-        """Return what user code may have changed in the connection, as far as it can be read."""
-        is_synced = self.run("PRAGMA synchronous") == [(1 if self._synchronous == "NORMAL" else 2,)]
-        return [self.hides_rows(), is_synced, self.run("PRAGMA query_only"), self.run("PRAGMA locking_mode")]
+        if locks := self._queue._result_locks:
+            locks.wake_for(self.finished)
 
     def is_locked_by(self, pid: int) -> bool:
         """Return whether a process holds SQLite's write lock; False where the system does not tell."""
@@ -355,7 +330,7 @@ class SQLiteSession(Session):
         """Raise QueueError if the write lock was lost, so that another process may have written."""
         if self._locks and (self.runs_user_code or not self._has_lock) and not self.is_locked_by(os.getpid()):
             raise QueueError(
-                f"cannot commit to {self._path}: its lock was lost, as code in this process closed one of its "
+                f"cannot commit to {self._queue.path}: its lock was lost, as code in this process closed one of its "
                 "files during the transaction; use backup() to copy it"
             )
 
@@ -369,7 +344,7 @@ class SQLiteSession(Session):
                 self._roll_back()
             if self._has_lock:
                 # guard: a failed call releases the lock
-                self._writer_lock.release()
+                self._queue._writer_lock.release()
                 self._has_lock = False
             if self._closed:
                 self._disconnect()
@@ -400,23 +375,19 @@ class SQLiteSession(Session):
     def _disconnect(self) -> None:
         """Close the connection. If its files were replaced, do not write its log back."""
         with _opening_lock:
-            self.is_open = False
+            self._queue._sessions.discard(self)
             if self._has_lost_files():  # SQLite would take another one for the database, and delete a log in use
                 _never_closed.add(self.connection)
                 return
-            locks, self._locks = self._locks, None
             try:
                 self.files.expect_in_place()
             except DatabaseReplaced:
                 # guard: a deleted log is not written back
-                _keep_log(self.connection)
-                self.connection.close()
-                if locks:
-                    locks.release()
-            else:
-                if locks:
-                    locks.release()
-                self.connection.close()
+                self.connection.close()  # under the locks: SQLite neither writes back nor deletes the log
+            locks, self._locks = self._locks, None
+            if locks:
+                locks.release()
+            self.connection.close()
             FileLocks.close_unused()
 
     def _has_lost_files(self) -> bool:
@@ -427,7 +398,7 @@ class SQLiteSession(Session):
 
     def _expect_open(self) -> None:
         if self._closed:
-            raise QueueError(f"cannot use {self._path}: this queue object is closed")
+            raise QueueError(f"cannot use {self._queue.path}: this queue object is closed")
 
     def abandon(self) -> None:
         """Close the parent's connection in a forked child, or SQLite would take the parent's locks for the child's.
@@ -435,25 +406,18 @@ class SQLiteSession(Session):
         Inside a transaction closing would roll back, in the shared memory as well: keep it open and refuse the queue.
         """
         if self.busy or self not in _held_for_fork or self.connection.in_transaction:
-            _inherited_open.setdefault(self._path, []).append(self.connection)
+            _inherited_open.setdefault(self._queue.path, []).append(self.connection)
         elif self._locks and self._locks.were_lost:
             _never_closed.add(self.connection)
         else:
             # guard: a child closes inherited connections
             self.connection.close()
-        self._locks = None
+        self._locks, self._has_lock = None, False
         self.connection = cast(sqlite3.Connection, ClosedInFork())
 
     def __del__(self) -> None:
         with suppress(Exception):
             self._disconnect()
-
-
-def _keep_log(connection: sqlite3.Connection) -> None:
-    """Make closing this connection neither write back nor delete the log; needs Python 3.12."""
-    if option := getattr(sqlite3, "SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE", None):
-        with suppress(sqlite3.ProgrammingError):  # already closed
-            connection.setconfig(option, True)  # type: ignore[attr-defined]
 
 
 class ClosedInFork:
@@ -509,13 +473,15 @@ class PersistentQSQLite(PersistentQInterface):
         self.durability, self._busy_seconds = durability, valid_wait("busy_seconds", busy_seconds)
         self._sessions: weakref.WeakSet[SQLiteSession] = weakref.WeakSet()
         self._local = threading.local()
+        self._folder = Path(f"{self.path}.d")
         self._writer_lock = WriterLock(None)
         self._consumer_locks: ConsumerLocks | None = None
         self._result_locks: ResultLocks | None = None
         self.is_read_only = False  # the file system is
         self._database: tuple[int, int] | None = None  # device and inode of the open file
         self._closed = False
-        self._open_file(create, None if group is None else group_number(group))
+        with opening(self.path):
+            self._open_file(create, None if group is None else group_number(group))
         try:
             self._open_folder()
             if has_locks() and not self.is_read_only:
@@ -535,34 +501,31 @@ class PersistentQSQLite(PersistentQInterface):
     def _open_file(self, create: bool, group: int | None) -> None:
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
             raise QueueError(f"expected SQLite 3.37 or newer, got {sqlite3.sqlite_version}: use a newer Python")
-        try:
-            found = status(self.path)
-            if found:
-                self._expect_database_file(found)
-            self._expect_regular_files()
-            if found and not os.path.exists(f"{self.path}.d"):
-                self._expect_own_file()
-            if not create and not (found and found.st_size):
-                raise no_queue(self.path)
-            self.is_read_only = bool(found and hasattr(os, "statvfs") and os.statvfs(self.path).f_flag & os.ST_RDONLY)
-            if self.is_read_only:
-                self._expect_readable_log()
-                return
-            if found and not os.access(self.path, os.R_OK | os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            make_folder(self.path.parent, group)
-            if group is not None:
-                self._expect_shared(self.path.parent, group, 0o2770)
-            kind = file_system(self.path.parent)
-            # guard: a network drive is refused
-            if kind.startswith(SHARED_FILE_SYSTEMS):
-                raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
-            with _opening_lock, suppress(FileExistsError):
-                create_file(self.path, group)
-            if group is not None:
-                self._expect_shared(self.path, group, 0o660)
-        except OSError as error:
-            raise opening_error(self.path, error) from error
+        found = status(self.path)
+        if found:
+            self._expect_database_file(found)
+        self._expect_regular_files()
+        if found and not self._folder.exists():
+            self._expect_own_file()
+        if not create and not (found and found.st_size):
+            raise no_queue(self.path)
+        self.is_read_only = bool(found and hasattr(os, "statvfs") and os.statvfs(self.path).f_flag & os.ST_RDONLY)
+        if self.is_read_only:
+            self._expect_readable_log()
+            return
+        if found and not os.access(self.path, os.R_OK | os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        make_folder(self.path.parent, group)
+        if group is not None:
+            self._expect_shared(self.path.parent, group, 0o2770)
+        kind = file_system(self.path.parent)
+        # guard: a network drive is refused
+        if kind.startswith(SHARED_FILE_SYSTEMS):
+            raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
+        with _opening_lock, suppress(FileExistsError):
+            create_file(self.path, group)
+        if group is not None:
+            self._expect_shared(self.path, group, 0o660)
 
     def _expect_shared(self, path: Path, group: int, mode: int) -> None:
         found = path.stat()
@@ -616,20 +579,18 @@ class PersistentQSQLite(PersistentQInterface):
     def _open_folder(self) -> None:
         if not has_locks() or self.is_read_only:
             return
-        folder = Path(f"{self.path}.d")
-        with self._folder_errors():
-            make_folder(folder)
-            self._writer_lock = WriterLock(folder, self._busy_seconds)
-            self._consumer_locks = ConsumerLocks(folder)
-            self._result_locks = ResultLocks(folder)
+        with opening(self._folder):
+            make_folder(self._folder)
+            self._writer_lock = WriterLock(self._folder, self._busy_seconds)
+            self._consumer_locks = ConsumerLocks(self._folder)
+            self._result_locks = ResultLocks(self._folder)
 
     def _expect_matching_log(self) -> None:
         """Refuse a database next to the log of another one, which SQLite would apply to it."""
         self._expect_log()
-        with self._log_record() as record:
-            database, log = (file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal"))
-            known, version = os.pread(record, len(database + log), 0), os.pread(record, 20, 40)
-            seems_replaced = known.endswith(log) and known != database + log  # or the inode numbers were reused
+        with self._log_record() as (record, files):
+            known, version = os.pread(record, 40, 0), os.pread(record, 20, 40)
+            seems_replaced = known[20:] == files[20:] and known != files  # or the inode numbers were reused
             if seems_replaced and file_size(Path(f"{self.path}-wal")) and not self._fits_log(int(version or 0)):
                 raise SchemaMismatch(
                     f"cannot use {self.path}: it took the place of another database, to which the log "
@@ -638,16 +599,13 @@ class PersistentQSQLite(PersistentQInterface):
                 )
 
     def _expect_log(self) -> None:
-        try:
-            is_missing = FileLocks.is_log_missing(self.path)
-        except OSError as error:
-            raise opening_error(self.path, error) from error
-        # guard: a deleted log is not recreated
-        if is_missing:
-            raise DatabaseReplaced(
-                f"cannot use {self.path}: its log was deleted while other programs have it open: "
-                "wait until they have ended"
-            )
+        with opening(self.path):
+            # guard: a deleted log is not recreated
+            if FileLocks.is_log_missing(self.path):
+                raise DatabaseReplaced(
+                    f"cannot use {self.path}: its log was deleted while other programs have it open: "
+                    "wait until they have ended"
+                )
 
     def _fits_log(self, known: int) -> bool:
         """Return whether the database is undamaged with this log; change neither.
@@ -666,21 +624,15 @@ class PersistentQSQLite(PersistentQInterface):
         """Record which database the log belongs to; both are open."""
         with self._sqlite_errors():
             version = connection.execute("PRAGMA schema_version").fetchone()[0]
-        with self._log_record() as record:
-            numbers = [file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal")]
-            os.pwrite(record, b"".join([*numbers, b"%20d" % version]), 0)
+        with self._log_record() as (record, files):
+            os.pwrite(record, files + b"%20d" % version, 0)
 
     @contextmanager
-    def _log_record(self) -> Iterator[int]:
-        with self._folder_errors(), closing_file(open_private(Path(f"{self.path}.d/files"))) as record:
-            yield record
-
-    @contextmanager
-    def _folder_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise opening_error(Path(f"{self.path}.d"), error) from error
+    def _log_record(self) -> Iterator[tuple[int, bytes]]:
+        """Open the record, and yield it with the inode numbers of the database and its log, of 20 digits each."""
+        found = [status(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal")]
+        with opening(self._folder), closing_file(open_private(self._folder / "files")) as record:
+            yield record, b"".join(b"%20d" % (each.st_ino if each else 0) for each in found)
 
     def _connect(self) -> sqlite3.Connection:
         # guard: a child forked inside a transaction is refused
@@ -699,8 +651,8 @@ class PersistentQSQLite(PersistentQInterface):
             connection.execute("PRAGMA cache_size = -16000")  # KB; three times as fast with a million rows
             if sqlite3.sqlite_version_info >= (3, 41):  # older ones would reject json_valid in a CHECK
                 connection.execute("PRAGMA trusted_schema = OFF")
-            if not FileLocks.AVAILABLE:
-                _keep_log(connection)
+            if not FileLocks.AVAILABLE and (option := getattr(sqlite3, "SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE", None)):
+                connection.setconfig(option, True)  # type: ignore[attr-defined]  # do not write a deleted log back
             connection.execute("PRAGMA fullfsync = ON")  # as `sync_file`; has an effect on macOS only
             connection.execute("PRAGMA checkpoint_fullfsync = ON")
             undo.pop_all()
@@ -714,7 +666,11 @@ class PersistentQSQLite(PersistentQInterface):
     def _prepare(self, connection: sqlite3.Connection) -> None:
         """Verify that the file is a queue, and migrate its schema."""
         if self.is_read_only:
-            self._expect_current(connection)
+            if (version := schema_version(connection, self.path)) != len(MIGRATIONS):
+                raise SchemaMismatch(
+                    f"cannot read {self.path}: expected schema {len(MIGRATIONS)}, got {version}: "
+                    "open it once where it can be written"
+                )
             return
         has_lock = self._writer_lock.acquire()
         try:
@@ -723,11 +679,8 @@ class PersistentQSQLite(PersistentQInterface):
             if version == 0:
                 connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # like the next, has an effect on an empty file
                 connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # for `compact`
-            mode = connection.execute("PRAGMA journal_mode").fetchone()
-            if version == 0 and mode == ("wal",):  # by a log that a power cut left, though the file may not say so
-                mode = connection.execute("PRAGMA journal_mode = DELETE").fetchone()
-            if mode != ("wal",):
-                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA journal_mode = DELETE")  # a power cut may have left a log, but not the mode
+            connection.execute("PRAGMA journal_mode = WAL")
             if version < len(MIGRATIONS):
                 # guard: a migration is one transaction
                 connection.execute("BEGIN IMMEDIATE")
@@ -740,14 +693,6 @@ class PersistentQSQLite(PersistentQInterface):
         finally:
             if has_lock:
                 self._writer_lock.release()
-
-    def _expect_current(self, connection: sqlite3.Connection) -> None:
-        version = schema_version(connection, self.path)
-        if version != len(MIGRATIONS):
-            raise SchemaMismatch(
-                f"cannot read {self.path}: expected schema {len(MIGRATIONS)}, got {version}: "
-                "open it once where it can be written"
-            )
 
     @contextmanager
     def _sqlite_errors(self) -> Iterator[None]:
@@ -790,13 +735,12 @@ class PersistentQSQLite(PersistentQInterface):
             with _opening_lock:
                 if self._closed:  # looked at under the lock: `close` closes the sessions that exist afterwards
                     raise QueueError(f"cannot use {self.path}: this queue object is closed")
-                for other in self._sessions:  # they may have replaced files open
+                for other in list(self._sessions):  # they may have replaced files open
                     # guard: a new connection opens the same files as the others
-                    if other.is_open:  # that of a thread which is ending is still listed
-                        other.files.expect_in_place()
+                    other.files.expect_in_place()
                 self._expect_same_file()  # before SQLite would apply the log of the old one, or create a log
                 self._expect_log()
-                session = self._new_session()
+                session = SQLiteSession(self)
                 self._expect_same_file()
                 if has_locks() and not self.is_read_only:
                     self._record_log(session.connection)  # SQLite may have started another log
@@ -812,15 +756,6 @@ class PersistentQSQLite(PersistentQInterface):
         # guard: a queue that was opened stays with its file
         if not (found := status(self.path)) or found[1:3] != self._database:
             raise replaced(self.path)
-
-    def _new_session(self) -> SQLiteSession:
-        with ExitStack() as undo:
-            connection = undo.enter_context(closing(self._connect()))
-            locks = self._writer_lock, self._consumer_locks, self._result_locks
-            session = SQLiteSession(self.path, connection, *locks, self._error)
-            session.open_files(is_read_only=self.is_read_only)
-            undo.pop_all()
-        return session
 
     def _transaction(self, *, durable: bool = True, in_batch: bool = False) -> SQLiteSession:
         if self.is_read_only:
@@ -842,11 +777,9 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _first_jobs(self, session: Session, params: Params) -> list[Any]:
         heads, limit = session.run(FIRST_JOBS, params), params["limit"]
-        assigned = session.run(NEXT_ASSIGNED, params)
-        found, is_cut = _merge(session, assigned, heads, 2 * limit // max(1, len(heads)) + 1)
-        if is_cut and len(found) < limit:  # few of the tasks have most of the first jobs
-            found, _ = _merge(session, assigned, heads, limit)
-        return found[:limit]
+        share = min(limit, 2 * limit // max(1, len(heads)) + 1)
+        tasks = (_jobs_of_task(session, head, share, limit) for head in heads)
+        return list(islice(merge(session.run(NEXT_ASSIGNED, params), *tasks), limit))
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         are_many = len(completions) >= MANY_COMPLETIONS
@@ -906,11 +839,7 @@ class PersistentQSQLite(PersistentQInterface):
     def _count_pending(self, session: Session, queues: Iterable[str]) -> None:
         is_limited = bool(session.run(LIMITED))
         for name, statement in COUNTERS.items():
-            has_trigger = bool(session.run("SELECT 1 FROM sqlite_master WHERE name = :name", {"name": name}))
-            if is_limited and not has_trigger:
-                session.change(statement)
-            if has_trigger and not is_limited:
-                session.change(f"DROP TRIGGER {name}")
+            session.change(statement if is_limited else f"DROP TRIGGER IF EXISTS {name}")
         for queue in queues:
             session.change(COUNT_PENDING, {"queue": queue})
 
@@ -919,11 +848,11 @@ class PersistentQSQLite(PersistentQInterface):
             session.change(statement)
 
     def _take_slot(self) -> ConsumerLock | None:
-        with self._folder_errors():
+        with opening(self._folder):
             return locks.acquire() if (locks := self._consumer_locks) else None
 
     def _is_alive(self, slot: int | None) -> bool:
-        with self._folder_errors():
+        with opening(self._folder):
             # guard: a consumer whose locks were deleted stops
             if not all(me.slot.is_linked() for me in self._registry.values() if me.slot):
                 raise QueueError(f"cannot continue: the locks in {self.path}.d were deleted while in use; restart")
@@ -931,7 +860,7 @@ class PersistentQSQLite(PersistentQInterface):
             return not (locks := self._consumer_locks) or slot is None or locks.is_held(slot)
 
     def _publish_begun(self, me: Registration) -> bool:
-        with self._folder_errors():
+        with opening(self._folder):
             if me.slot and boot_id():
                 me.slot.publish(me.token)
         return bool(me.slot and boot_id())
@@ -946,18 +875,18 @@ class PersistentQSQLite(PersistentQInterface):
         rows = session.run(SLOT_OF, {"token": token})
         if not rows or rows[0][0] is None or not (locks := self._consumer_locks):
             return True
-        with self._folder_errors():
+        with opening(self._folder):
             return locks.has_begun(rows[0][0], token, job.id)
 
     def _sleep(self, me: Registration, seconds: float, due_in: Callable[[], float]) -> bool:
-        if locks := self._consumer_locks:
-            return locks.wait(me.slot, seconds, due_in)
+        if me.slot:
+            return cast(bool, me.slot.sleep(seconds, due_in))
         time.sleep(max(0.0, min(seconds, due_in(), POLL_SECONDS)))
         return False
 
     def _open_watch(self) -> Watch:
-        with self._folder_errors():
-            return ResultWatch(locks) if (locks := self._result_locks) else Polling()
+        with opening(self._folder):
+            return locks.acquire() if (locks := self._result_locks) else Polling()
 
     def is_locked_by(self, pid: int) -> bool:
         return self._session().is_locked_by(pid)
@@ -985,11 +914,16 @@ class PersistentQSQLite(PersistentQInterface):
 
     @property
     def hides_rows(self) -> bool:  # type: ignore[override]
-        return self._session().hides_rows()
+        session = self._session()
+        own = session.connection
+        changed = (own.row_factory, own.text_factory, own.isolation_level) != (None, str, None)
+        return changed or bool(session.run("SELECT name FROM temp.sqlite_master"))
 
     @property
     def connection_settings(self) -> list[Any]:
-        return self._session().settings()
+        session = self._session()
+        is_synced = session.run("PRAGMA synchronous") == [(1 if session._synchronous == "NORMAL" else 2,)]
+        return [self.hides_rows, is_synced, session.run("PRAGMA query_only"), session.run("PRAGMA locking_mode")]
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -1089,28 +1023,26 @@ class PersistentQSQLite(PersistentQInterface):
             self._session().files.expect_in_place()
         except DatabaseReplaced as error:
             return {**facts, "problems": [str(error)]}
-        expected: dict[str, Any] = {"schema_version": len(MIGRATIONS)}
-        facts["schema_version"] = self._read("PRAGMA user_version")[0][0]
-        if thorough:
-            expected["quick_check"] = "ok"
-        if not self.is_read_only:
-            expected["journal_mode"] = "wal"
+
+        def pragma(name: str) -> Any:
+            return self._read(f"PRAGMA {name}")[0][0]
+
+        checked: dict[str, tuple[Any, Any]] = {"schema_version": (pragma("user_version"), len(MIGRATIONS))}
         if thorough and not self.is_read_only:
-            expected["synchronous"] = self.durability
             with self._transaction() as session:
-                facts["synchronous"] = SYNCHRONOUS[session.run("PRAGMA synchronous")[0][0]]
-        for pragma in [name for name in expected if name not in facts]:
-            facts[pragma] = self._read(f"PRAGMA {pragma}")[0][0]
-        facts["file_system"] = file_system(self.path.parent)
-        facts["durability"] = self.durability
+                checked["synchronous"] = SYNCHRONOUS[session.run("PRAGMA synchronous")[0][0]], self.durability
+        if thorough:
+            checked["quick_check"] = pragma("quick_check"), "ok"
+        if not self.is_read_only:
+            checked["journal_mode"] = pragma("journal_mode"), "wal"
+        facts |= {name: found for name, (found, _) in checked.items()}
+        facts |= {"file_system": file_system(self.path.parent), "durability": self.durability}
         facts |= {"file_bytes": file_size(self.path), "wal_bytes": file_size(Path(f"{self.path}-wal"))}
-        page_bytes, pages, free = (
-            self._read(f"PRAGMA {name}")[0][0] for name in ("page_size", "page_count", "freelist_count")
-        )
-        facts |= {"used_bytes": page_bytes * (pages - free), "free_bytes": page_bytes * free}
+        page_bytes, free = pragma("page_size"), pragma("freelist_count")
+        facts |= {"used_bytes": page_bytes * (pragma("page_count") - free), "free_bytes": page_bytes * free}
         facts["disk_free_bytes"] = shutil.disk_usage(self.path.parent).free
         facts["problems"] = [
-            f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
+            f"expected {name} {value}, got {found}" for name, (found, value) in checked.items() if found != value
         ]
         facts["problems"] += self._writer_lock.problems()
         facts["problems"] += [*self._schema_problems(), *deleted_but_open(self.path)] if thorough else []
@@ -1180,7 +1112,6 @@ class PersistentQSQLite(PersistentQInterface):
             sessions = list(self._sessions)
         for session in sessions:
             session.close()
-        self._sessions.clear()
         self._local = threading.local()
         with _opening_lock:
             FileLocks.close_unused()
@@ -1227,19 +1158,18 @@ class PersistentQSQLite(PersistentQInterface):
         )
 
 
-def _merge(session: Session, assigned: list[Any], heads: list[Any], share: int) -> tuple[list[Any], bool]:
-    """Merge the first `share` jobs of each task, given the first of each; return whether some were left out: those that
-    a job which was not read may precede."""
-    found, last = list(assigned), (math.inf,)
-    for *head, queue, task in heads:
-        if tuple(head) > last:
+def _jobs_of_task(session: Session, head: Sequence[Any], share: int, limit: int) -> Iterator[tuple[Any, ...]]:
+    """Yield up to `limit` jobs of a task in a queue, in order, given the first; read `share` of them, then the rest."""
+    *first, queue, task = head
+    yield tuple(first)
+    known = 1
+    # guard: a batch has all of the first jobs, although they are of few tasks
+    for number in (share, limit):
+        rows = session.run(NEXT_OF_TASK, {"queue": queue, "task": task, "limit": number})
+        yield from rows[known:]
+        if len(rows) < number:
             break
-        rows = session.run(NEXT_OF_TASK, {"queue": queue, "task": task, "limit": share})
-        if len(rows) == share:
-            # guard: a batch ends where another job may come first
-            last = min(last, rows[-1])
-        found += rows
-    return sorted(row for row in found if row <= last), len(last) > 1
+        known = number
 
 
 def _copy_database(

@@ -6662,12 +6662,12 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
 
     def test_process_that_waits_for_results_is_woken_by_any_of_their_jobs(self):
         queue, other = self.open(), self.open()
-        locks, ids = queue._result_locks, other.enqueue_many("t", range(3))
-        jobs, slot = other.dequeue_many("w", 3), locks.acquire()
+        ids = other.enqueue_many("t", range(3))
+        jobs, slot = other.dequeue_many("w", 3), queue._result_locks.acquire()
         self.addCleanup(slot.close)
         for job, waits_for in ((jobs[1], ids[1:]), (jobs[2], ids[2:])):
-            locks.publish(slot, waits_for)
-            self.assertTrue(locks.wait(slot, 1, lambda job=job: other.complete(job) or math.inf))
+            slot.wait(waits_for, lambda: True)  # says what it waits for
+            self.assertTrue(slot.sleep(1, lambda job=job: other.complete(job) or math.inf))
 
     def test_pipe_of_a_dead_waiter_gets_no_wake_up(self):
         queue = self.open()
@@ -7332,13 +7332,13 @@ class Replaced(SQLiteCase):
         queue, other = self.open(), self.folder / "other.db"
         pqueue.PersistentQSQLite(other).close()
         replacement = other.read_bytes()
-        connect = queue._new_session
+        connect = queue._connect
 
         def late():
             other.replace(self.path)
             return connect()
 
-        with mock.patch.object(queue, "_new_session", late), self.assertRaises(pqueue.DatabaseReplaced):
+        with mock.patch.object(queue, "_connect", late), self.assertRaises(pqueue.DatabaseReplaced):
             queue.stats()
         queue.close()
         self.assertEqual(self.path.read_bytes(), replacement)

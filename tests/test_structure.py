@@ -39,8 +39,11 @@ PRIVATE_USES = {
         "_let_groups_take_turns",
         "_attach",
     },
-    # The frames of a thread.
-    "pqueue_sqlite": {"_getframe"},
+    # The frames of a thread; a queue is one thing with its session.
+    "pqueue_sqlite": {
+        *("_getframe", "_connect", "_error", "_sqlite_errors", "_sessions", "_synchronous"),
+        *("_writer_lock", "_consumer_locks", "_result_locks"),
+    },
     # A queue is one thing with its session and its listener, and a fork resets all.
     "pqueue_sqlalchemy": {
         *("_db_errors", "_busy_seconds", "_after_fork", "_pool", "_settings", "_sql", "_wrap", "_wake_waiters", "_read")
