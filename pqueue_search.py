@@ -179,24 +179,7 @@ class Reading(Backend):
         return list(groups.values())
 
     def list_jobs(
-        self,
-        *,
-        state: str | Sequence[str] | None = None,
-        queue: str | None = None,
-        group: str | None = None,
-        task: str | None = None,
-        key: str | None = None,
-        consumer: str | None = None,
-        text: str | None = None,
-        payload: str | None = None,
-        fingerprint: str | None = None,
-        created_from: float | None = None,
-        created_before: float | None = None,
-        ids: Sequence[int] | None = None,
-        before_id: int | None = None,
-        limit: int = 100,
-        excerpt: int | None = None,
-        shown: Callable[[Job], Job] | None = None,
+        self, *, before_id: int | None = None, limit: int = 100, excerpt: int | None = None, **filters: Unpack[Filters]
     ) -> list[Job]:
         """Return up to `limit` jobs that match all filters given, newest first.
 
@@ -216,21 +199,6 @@ class Reading(Backend):
 
         Raises ValueError for a filter of the wrong type or length.
         """
-        filters = Filters(
-            state=state,
-            queue=queue,
-            group=group,
-            task=task,
-            key=key,
-            consumer=consumer,
-            text=text,
-            payload=payload,
-            fingerprint=fingerprint,
-            created_from=created_from,
-            created_before=created_before,
-            ids=ids,
-            shown=shown,
-        )
         return self.search_jobs(filters, before_id=before_id, limit=limit, seconds=math.inf, excerpt=excerpt)[0]
 
     def search_jobs(

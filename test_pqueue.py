@@ -140,6 +140,16 @@ class RolledBack(Exception):
 REFUSED = (pqueue.QueueError, ValueError)
 
 
+def parameters_of(method):
+    """Return the parameters of a method without self, and the filters that it takes."""
+    found = list(inspect.signature(method).parameters.values())[1:]
+    if found and found[-1].annotation == "Unpack[Filters]":
+        kinds = {name: each.__forward_arg__ for name, each in pqueue.Filters.__annotations__.items()}
+        kind = inspect.Parameter.KEYWORD_ONLY
+        found[-1:] = [inspect.Parameter(name, kind, default=None, annotation=each) for name, each in kinds.items()]
+    return found
+
+
 def finish(done):
     """Do what a method has returned as a coroutine, a generator or a context manager."""
     if inspect.iscoroutine(done):
@@ -3340,8 +3350,8 @@ class QueueContract:
         self.queue.schedule("s", "t", every_seconds=60)
         self.queue.heartbeat("w")
         for name, method in inspect.getmembers(type(self.queue), inspect.isfunction):
-            parameters = [] if name.startswith("_") else list(inspect.signature(method).parameters.values())[1:]
-            needed = [each.name for each in parameters if each.default is each.empty and each.kind != each.VAR_KEYWORD]
+            parameters = [] if name.startswith("_") else parameters_of(method)
+            needed = [each.name for each in parameters if each.default is each.empty]
             for each in parameters:
                 kind = str(each.annotation)
                 if not re.search(r"^(?!Callable).*\b(int|float)\b", kind) or (name, each.name) == (
@@ -3373,8 +3383,8 @@ class QueueContract:
         self.queue.delete_jobs(force=True)
         tried, faults = set(), []
         for name, method in inspect.getmembers(type(self.queue), inspect.isfunction):
-            parameters = [] if re.match(internal, name) else list(inspect.signature(method).parameters.values())[1:]
-            needed = [each.name for each in parameters if each.default is each.empty and each.kind != each.VAR_KEYWORD]
+            parameters = [] if re.match(internal, name) else parameters_of(method)
+            needed = [each.name for each in parameters if each.default is each.empty]
             given = {each: known.get(each) for each in needed} | more.get(name, {})
             if name.endswith("_where"):
                 given["task"] = "t"
