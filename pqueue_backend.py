@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from pqueue_schema import ADD_QUEUE, RECORD_OPERATION
@@ -40,9 +40,10 @@ class Session(ABC):
     def change(self, sql: str, params: Params = NO_PARAMS) -> int:
         """Execute a statement and return the number of rows it changed."""
 
-    @abstractmethod
     def change_many(self, sql: str, rows: list[Params]) -> None:
         """Execute a statement once per row."""
+        for row in rows:
+            self.change(sql, row)
 
     @abstractmethod
     def insert(self, sql: str, params: Params) -> list[int]:
@@ -142,13 +143,9 @@ class Joined(Session):
         raise QueueError("cannot open a transaction in a joined one: use its connection")
 
     def _begin(self) -> None:
-        """Do nothing: the application has begun it."""
+        """Do nothing: the application begins, commits and rolls back."""
 
-    def _commit(self) -> None:
-        """Do nothing: the application commits."""
-
-    def _cleanup(self) -> None:
-        """Do nothing: the application rolls back."""
+    _commit = _cleanup = _begin
 
     def leave(self) -> None:
         """Do what follows the block, also after an error: the application may still commit."""
@@ -181,17 +178,29 @@ class Registration:
         return me
 
 
-class Watch(Protocol):
-    """How a backend learns that a job has finished."""
+class Watch:
+    """How a thread learns that a job has finished: where nothing notifies it, it looks again and again."""
 
-    def wait(self, job_ids: list[int], find: Callable[[], bool]) -> None:
+    FIRST_SECONDS, LAST_SECONDS, GROWTH = 0.002, 0.05, 1.05  # between two looks
+
+    def __init__(self) -> None:
+        self._woken = threading.Event()
+        self._seconds = self.FIRST_SECONDS
+
+    def wait(self, job_ids: list[int], find: Callable[[], bool]) -> None:  # noqa: ARG002
         """Return at once if `find` finds a job that has finished, else when one may have finished, or after a while.
 
         Must not miss one that finishes after `find` was called.
         """
+        if find() or self._woken.wait(self._seconds):
+            self._woken.clear()
+            self._seconds = self.FIRST_SECONDS
+        else:
+            self._seconds = min(self.LAST_SECONDS, self._seconds * self.GROWTH)
 
     def interrupt(self) -> None:
         """Let `wait`, called by another thread, return."""
+        self._woken.set()
 
     def close(self) -> None:
         """Release what it holds."""

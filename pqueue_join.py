@@ -90,10 +90,6 @@ class JoinedSQLite(Joined):
     def change(self, sql: str, params: Params = NO_PARAMS) -> int:
         return cast(int, self._execute(sql, params, attrgetter("rowcount")))
 
-    def change_many(self, sql: str, rows: list[Params]) -> None:
-        for row in rows:
-            self.change(sql, row)
-
     def insert(self, sql: str, params: Params) -> list[int]:
         ids = self._execute(sql, params, lambda cursor: ids_up_to(cursor.lastrowid or 0, cursor.rowcount))
         self.wakes = self.wakes or bool(ids)
@@ -104,7 +100,6 @@ class JoinedSQLite(Joined):
         return not self.connection.in_transaction
 
     def _wake(self) -> None:
-        """Do nothing: the job is not visible yet."""
+        """Do nothing: the job or its result is not visible yet."""
 
-    def _wake_waiters(self) -> None:
-        """Do nothing: the result is not visible yet."""
+    _wake_waiters = _wake

@@ -16,6 +16,7 @@ import psycopg
 
 import pqueue
 from pqueue import QueueBusy, QueueError
+from pqueue_backend import Watch
 from pqueue_connections import Link, ListenLink, setting, timeout_settings
 from pqueue_postgres import CHANNEL, LOCK_CLASS
 
@@ -27,7 +28,6 @@ log = logging.getLogger("pqueue")
 WAITING = "waiting"  # the NOTIFY of a process that waits for a result
 LISTENING = "listening"  # the NOTIFY of a process that begins to listen, and so does not know who waits
 AWAITED_SECONDS = 4.0  # how long those that finish jobs then send NOTIFY, too
-FIRST_LOOK_SECONDS = 0.005  # after which a waiter looks again, then four times as late each time
 RETRY_SECONDS = 0.5  # between the listener's attempts to connect
 PAUSE_SECONDS = 0.05  # before reconnecting after a connection that was lost at once
 RESTART_SECONDS = 10.0  # after a server restart, while consumers reconnect, none is considered dead
@@ -260,14 +260,16 @@ class ListenConnection:
         return time.monotonic() < self._awaited_until - AWAITED_SECONDS / 2
 
 
-class ResultWatch:
+class ResultWatch(Watch):
     """Waits for NOTIFY with the ids of finished jobs, and keeps the processes that finish jobs sending it."""
 
+    # At first, a process that finishes a job may not have received the announcement.
+    FIRST_SECONDS, LAST_SECONDS, GROWTH = 0.005, pqueue.WAIT_SECONDS, 4
+
     def __init__(self, queue: OnPostgres, listener: ListenConnection) -> None:
+        super().__init__()
         self._queue, self._listener = queue, listener
-        self._woken = threading.Event()
         self._job_ids: set[str] = set()
-        self._seconds = FIRST_LOOK_SECONDS
         self._is_unknown = False  # to a process that has begun to listen
         listener.watch = self
 
@@ -276,11 +278,7 @@ class ResultWatch:
         if self._is_unknown or not self._listener.is_announced:
             self._is_unknown = False
             self._queue.announce_wait()
-        if find() or self._woken.wait(self._seconds):
-            self._woken.clear()
-            self._seconds = FIRST_LOOK_SECONDS
-        else:  # at first, a process that finishes a job may not have received the announcement
-            self._seconds = min(pqueue.WAIT_SECONDS, 4 * self._seconds)
+        super().wait(job_ids, find)
 
     def wake_for(self, finished: str) -> None:
         if not self._job_ids.isdisjoint(finished.split(",")):
@@ -288,9 +286,6 @@ class ResultWatch:
 
     def announce_again(self) -> None:
         self._is_unknown = True
-        self._woken.set()
-
-    def interrupt(self) -> None:
         self._woken.set()
 
     def close(self) -> None:

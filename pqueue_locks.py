@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pqueue import POLL_SECONDS, WAIT_SECONDS
+from pqueue_backend import Watch
 from pqueue_files import closing_file, is_stopped, open_private, share_as_folder, try_lock, unlock
 from pqueue_values import Job, QueueError
 
@@ -401,7 +402,7 @@ class ConsumerLock:
         os.close(self._pipe)
 
 
-class ResultLock(ConsumerLock):
+class ResultLock(ConsumerLock, Watch):
     """Waits for jobs to finish at the wake-up pipe of a lock."""
 
     _locks: ResultLocks

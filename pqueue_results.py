@@ -16,31 +16,9 @@ from pqueue_tasks import TASKS
 from pqueue_values import Job, JobFailed, JobNotFound, QueueBusy, QueueError, duration, to_json, valid_id
 
 LINGER_SECONDS = 1.0  # how long the thread stays for the next call of `result`
-FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.002, 0.05  # between reads of the states, where nothing wakes a waiter
 
 Done = futures.Future[Job]
 Finished = Callable[[list[int]], dict[int, Job | JobNotFound]]
-
-
-class Polling:
-    """Reads the states again and again, where there is no notification of finished jobs."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        self._seconds = FIRST_POLL_SECONDS
-
-    def wait(self, _: list[int], find: Callable[[], bool]) -> None:
-        if find() or self._event.wait(self._seconds):
-            self._event.clear()
-            self._seconds = FIRST_POLL_SECONDS
-        else:
-            self._seconds = min(LAST_POLL_SECONDS, self._seconds * 1.05)
-
-    def interrupt(self) -> None:
-        self._event.set()
-
-    def close(self) -> None:
-        """Do nothing: it holds nothing."""
 
 
 class Waits:

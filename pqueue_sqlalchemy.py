@@ -77,7 +77,6 @@ from pqueue_postgres import (
     names_in,
     translated,
 )
-from pqueue_results import Polling
 from pqueue_sqlite import SQLiteSession
 from pqueue_values import JobId, Params
 
@@ -948,7 +947,7 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _open_watch(self) -> pqueue_backend.Watch:
         listener = self._open_listener()
-        return ResultWatch(self, listener) if listener.gets_notify else Polling()
+        return ResultWatch(self, listener) if listener.gets_notify else pqueue_backend.Watch()
 
     @property
     def is_awaited(self) -> bool:

@@ -54,7 +54,6 @@ from pqueue_locks import ConsumerLock, ConsumerLocks, ResultLocks, WriterLock, b
 from pqueue_move import COPIED_ROWS, arrival
 from pqueue_operating import count_running
 from pqueue_outcomes import KEY, NEW, NEW_COMPLETIONS, NEW_JOBS, ROLL_UP_JOBS, SUM, UNTIMED, count, count_attempts
-from pqueue_results import Polling
 from pqueue_schema import (
     APPLICATION_ID,
     ASSIGNED,
@@ -886,7 +885,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _open_watch(self) -> Watch:
         with opening(self._folder):
-            return locks.acquire() if (locks := self._result_locks) else Polling()
+            return locks.acquire() if (locks := self._result_locks) else Watch()
 
     def is_locked_by(self, pid: int) -> bool:
         return self._session().is_locked_by(pid)

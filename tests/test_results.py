@@ -9,7 +9,7 @@ import threading
 
 from conftest import PATIENCE_SECONDS, ROOT, wait_until
 
-from pqueue_results import FIRST_POLL_SECONDS, Polling
+from pqueue_backend import Watch
 
 # Without its timer, so that only a wake-up ends the wait.
 WAITER = """
@@ -90,9 +90,9 @@ def test_child_forked_while_a_thread_waits_waits_on_its_own(place):
 
 
 def test_waiter_that_polls_sleeps_again_after_an_interruption():
-    polling = Polling()
+    polling = Watch()
     polling.wait([], lambda: False)
-    assert polling._seconds > FIRST_POLL_SECONDS
+    assert polling._seconds > Watch.FIRST_SECONDS
     polling.interrupt()
     polling.wait([], lambda: False)
-    assert (polling._event.is_set(), polling._seconds) == (False, FIRST_POLL_SECONDS)
+    assert (polling._woken.is_set(), polling._seconds) == (False, Watch.FIRST_SECONDS)
