@@ -166,12 +166,8 @@ class NotStored(QueueError):
         super().__init__(f"cannot enqueue: the database did not store the job; run {command_line()} doctor")
 
 
-class UnsyncedLastAttempt(Exception):
-    """Roll back a claim that includes a last attempt, so that it is repeated with a sync."""
-
-
-class ExpiredClaimed(Exception):
-    """Roll back a claim that includes an expired job, so that it is repeated when all such jobs are cancelled."""
+class ClaimAgain(Exception):
+    """Roll back a claim, to repeat it with a sync, and when all jobs that have expired are cancelled."""
 
 
 Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python 3.11
@@ -498,16 +494,16 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
                     rows = self._claim(session, params, me.prefetches) if limit and in_turn is None else in_turn or []
                     jobs = self._claimed_jobs(session, rows, params, in_order=in_turn is not None)
                     # guard: a job that has expired is not delivered
-                    if any(job.expires_at is not None and job.expires_at <= at for job in jobs):
-                        raise ExpiredClaimed
+                    if has_expired := any(job.expires_at is not None and job.expires_at <= at for job in jobs):
+                        raise ClaimAgain
                     # guard: a claim of the last attempt is synced
                     if not durable and any(job.attempts == job.max_attempts for job in jobs):
-                        raise UnsyncedLastAttempt
+                        raise ClaimAgain
                 return jobs, lost
-            except UnsyncedLastAttempt:  # a power cut must not add an attempt: claim again, and sync
-                durable = True
-            except ExpiredClaimed:
-                self._cancel_all_expired(dead, self._time(now))
+            except ClaimAgain:
+                durable = True  # a power cut must not add an attempt
+                if has_expired:
+                    self._cancel_all_expired(dead, self._time(now))
 
     def _cancel_all_expired(self, dead: list[str] | None, now: float) -> None:
         """Cancel the jobs that have expired, in short transactions, also those whose deliveries were lost."""

@@ -19,7 +19,6 @@ from uuid import UUID
 from pqueue_values import DoNotRetry, Job, short
 
 Convert = Callable[[Any], Any]
-POSITIONAL_ONLY, VARIABLE = inspect.Parameter.POSITIONAL_ONLY, ("VAR_POSITIONAL", "VAR_KEYWORD")
 JOB_TEXT = re.compile(r"(\w+\.)*Job|(\w+\.)*Optional\[(\w+\.)*Job\]|(\w+\.)*Job *\| *None|None *\| *(\w+\.)*Job")
 SUPPORTED = "JSON types, datetime, date, Decimal, UUID, Path, Enum, dataclasses, and lists, dicts and unions of them"
 
@@ -342,7 +341,7 @@ class Parameters(Fields):
         super().__init__(codecs, _required(fields))
         self._signature = inspect.Signature(fields)
         self._positional = [each.name for each in fields if each.kind is not each.KEYWORD_ONLY]
-        self._without_names = [each for each in parameters if each.kind is POSITIONAL_ONLY]
+        self._without_names = [each for each in parameters if each.kind is each.POSITIONAL_ONLY]
         self._shapes: dict[tuple[Any, ...], list[str]] = {}
         self._result = _codec_of_result(function)
 

@@ -20,7 +20,6 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from itertools import groupby
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 from pqueue_backend import Backend, Session
@@ -331,35 +330,15 @@ def count_job(session: Session, job_id: int, event: str, now: float) -> None:
 
 def count_attempts(session: Session, jobs: Sequence[Job], event: str, now: float) -> None:
     """Count attempts that ended now, with their times; event is one of EVENTS."""
-    for params in _ended(jobs, event, now):
-        session.change(COUNT, params)
-
-
-QUEUE, TASK, RUN_AT, STARTED_AT = map(itemgetter, map(Job._fields.index, ("queue", "task", "run_at", "started_at")))
-
-
-def _ended(jobs: Sequence[Job], event: str, now: float) -> Iterator[Params]:
-    """Yield the counts of attempts that ended now. The jobs of a batch are mostly alike: see that with few steps."""
-    queues, tasks, starts = (set(map(column, jobs)) for column in (QUEUE, TASK, STARTED_AT))
-    if len(queues) == len(tasks) == len(starts) == 1:
-        start, due, number = starts.pop() or now, sorted(map(RUN_AT, jobs)), len(jobs)
-        wait, run = _bucket(start - due[0]), now - start
-        if wait == _bucket(start - due[-1]):
-            of = {"at": minute(now), "queue": queues.pop(), "task": tasks.pop(), "event": event, "number": number}
-            times = {"run": _bucket(run), "run_seconds": number * max(0.0, run), "wait": wait}
-            yield {**of, **times, "wait_seconds": max(0.0, number * start - sum(due))}
-            return
-    if len(jobs) > 1:
-        groups: dict[tuple[Any, ...], list[Job]] = {}
-        for job in jobs:
-            wait = _bucket((job.started_at or now) - job.run_at)
-            groups.setdefault((job.queue, job.task, job.started_at, wait), []).append(job)
-        for group in groups.values():
-            yield from _ended(group, event, now)
-
-
-def _bucket(seconds: float) -> int:
-    return bisect_left(BOUNDS, seconds)
+    alike: dict[tuple[str, str, float, int], list[float]] = {}  # when the jobs were due that are counted in one row
+    for job in jobs:
+        start, due = job.started_at or now, job.run_at
+        alike.setdefault((job.queue, job.task, start, bisect_left(BOUNDS, start - due)), []).append(due)
+    for (queue, task, start, wait), due_times in alike.items():
+        number, run = len(due_times), now - start
+        of = {"at": minute(now), "queue": queue, "task": task, "event": event, "number": number}
+        times = {"run": bisect_left(BOUNDS, run), "run_seconds": number * max(0.0, run), "wait": wait}
+        session.change(COUNT, {**of, **times, "wait_seconds": max(0.0, number * start - sum(due_times))})
 
 
 def _outcomes(rows: Iterable[Sequence[Any]], at: float | None) -> Iterator[Outcomes]:

@@ -544,15 +544,13 @@ def run_task(
         result = call_task(queue, job)
         if type(result) is not CoroutineType:
             return result
-        return run_coroutine(result) if run_coroutine else _run_coroutine(result)
+        if run_coroutine is None:
+            import asyncio  # only for async tasks: it takes 30 ms
+
+            run_coroutine = asyncio.run
+        return run_coroutine(result)
     finally:
         _current.set(before)
-
-
-def _run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    import asyncio  # only for async tasks: it takes 30 ms
-
-    return asyncio.run(coroutine)
 
 
 def backoff_seconds(attempts: int, base_seconds: float = 5.0, cap_seconds: float = MAX_BACKOFF_SECONDS) -> float:

@@ -246,10 +246,11 @@ def encode_result(result: Any) -> str | None:
     return result if result is None or type(result) is Encoded else encode_json("result", result)
 
 
-def encode_json(what: str, value: Any) -> str:
-    """Return the JSON text to store. Raises ValueError, which names `what`."""
+def encode_json(what: str, value: Any, form: Any = None) -> str:
+    """Return the JSON text to store: that of `form`, if the value is stored in another one. Raises ValueError, which
+    names `what`."""
     try:
-        text = to_json(value)
+        text = to_json(value if form is None else form)
         size = len(text) if text.isascii() else len(text.encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"expected a {what} that JSON can hold, got {type(value).__name__}: {error}") from None
@@ -275,13 +276,8 @@ def _expect_text_keys(what: str, value: Any) -> None:
 
 def encode_payloads(payloads: list[Any]) -> str:
     """Return a JSON array of [payload] arrays. Encodes all at once unless one may be too large or too deep."""
-    with suppress(TypeError, ValueError, RecursionError):
-        text = to_json([[payload] for payload in payloads])
-        nests = text.count("[") + text.count("{") > MAX_JSON_DEPTH + len(payloads)
-        if len(text.encode()) <= MAX_PAYLOAD_BYTES and not (nests and _depth(payloads) > MAX_JSON_DEPTH):
-            if "{" in text:
-                _expect_text_keys("payload", payloads)
-            return text
+    with suppress(ValueError):
+        return encode_json("payload", payloads, [[payload] for payload in payloads])
     return "[" + ",".join(f"[{encode_json('payload', payload)}]" for payload in payloads) + "]"
 
 
