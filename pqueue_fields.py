@@ -209,7 +209,7 @@ def _list(kind: Any, args: tuple[Any, ...]) -> Codec:
         if not repeats and len(values) != len(members):
             raise Misfit(expected, short(values))
         each = [getattr(member, which) for member in members] * (len(values) if repeats else 1)
-        return [_at(f"[{index}]", each[index], value) for index, value in enumerate(values)]
+        return [_at("[{}]", index, each[index], value) for index, value in enumerate(values)]
 
     def encode(values: Any) -> list[Any]:
         if not isinstance(values, kind) or isinstance(values, (str, bytes)):
@@ -233,18 +233,19 @@ def _dict(values: Codec) -> Codec:
         def each(found: Any) -> dict[str, Any]:
             if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
                 raise Misfit(expected, short(found))
-            return {key: _at(f"[{key!r}]", convert, value) for key, value in found.items()}
+            return {key: _at("[{!r}]", key, convert, value) for key, value in found.items()}
 
         return each
 
     return Codec(expected, converter(values.encode), converter(values.decode))
 
 
-def _at(path: str, convert: Convert, value: Any) -> Any:
+def _at(path: str, key: str | int, convert: Convert, value: Any) -> Any:
+    """Convert a value; in the error, say at which key."""
     try:
         return convert(value)
     except Misfit as misfit:
-        misfit.path = path + misfit.path
+        misfit.path = path.format(key) + misfit.path
         raise
 
 
@@ -292,24 +293,13 @@ class Fields:
 
     def __init__(self, codecs: dict[str, Codec], required: Iterable[str]) -> None:
         self.codecs, self.required = codecs, frozenset(required)
-        self._encode = {name: each.encode for name, each in codecs.items()}
-        self._decode = {name: each.decode for name, each in codecs.items()}
 
-    def encode(self, values: dict[str, Any]) -> dict[str, Any]:
-        return self._convert(self._encode, values.items())
+    def encode(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: _at(".{}", name, self.codecs[name].encode, value) for name, value in values.items()}
 
     def decode(self, values: Any) -> dict[str, Any]:
-        return self._convert(self._decode, self.verified(values).items())
-
-    def _convert(self, converters: dict[str, Convert], values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-        name, converted = "", {}
-        try:
-            for name, value in values:
-                converted[name] = converters[name](value)
-        except Misfit as misfit:
-            misfit.path = f".{name}{misfit.path}"
-            raise
-        return converted
+        found = self.verified(values)
+        return {name: _at(".{}", name, self.codecs[name].decode, value) for name, value in found.items()}
 
     def verified(self, values: Any) -> dict[str, Any]:
         """Return the values if they have all required fields, and no unknown ones."""
@@ -350,8 +340,7 @@ class Parameters(Fields):
         shape = (len(args), *kwargs)
         names = self._shapes.get(shape) or self._names(shape, args, kwargs)
         try:
-            values = zip(names, (*args, *kwargs.values()), strict=True)
-            return self._convert(self._encode, values) if self.codecs else None
+            return self.encode(dict(zip(names, (*args, *kwargs.values()), strict=True))) if self.codecs else None
         except Misfit as misfit:
             raise TypeError(f"cannot enqueue {self.name}{self._signature}: {misfit}") from None
 
