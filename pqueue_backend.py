@@ -45,6 +45,11 @@ class Session(ABC):
         for row in rows:
             self.change(sql, row)
 
+    def set_columns(self, table: str, name: str, **columns: Any) -> None:
+        """Set columns of the row of this name: of a queue or a schedule."""
+        changes = ", ".join(f"{column} = :{column}" for column in columns)
+        self.change(f"UPDATE {table} SET {changes} WHERE name = :name", {"name": name, **columns})
+
     @abstractmethod
     def insert(self, sql: str, params: Params) -> list[int]:
         """Execute an INSERT of jobs, outside a transaction in one of its own; return the new ids in order."""
@@ -358,10 +363,9 @@ class Backend(ABC):
 
     def _set_queue(self, queue: str, event: str, by: str | None, now: float | None, **columns: float | None) -> None:
         """Change the settings of a queue, which is created if it does not exist, and record it."""
-        changes = ", ".join(f"{name} = :{name}" for name in columns)
         with self._transaction() as session:
             session.change(ADD_QUEUE, {"queue": valid_name("queue", queue)})
-            session.change(f"UPDATE queues SET {changes} WHERE name = :queue", {"queue": queue, **columns})
+            session.set_columns("queues", queue, **columns)
             self.record(event, by=by, now=now)
             session.wakes = True
 

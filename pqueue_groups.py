@@ -82,9 +82,6 @@ SELECT name FROM queues q WHERE grouped = 1 AND max_running IS NULL AND rate_job
 
 WITHOUT_TURNS = without_turns()
 
-# Let the groups of a queue no longer take turns.
-SET_UNGROUPED = "UPDATE queues SET grouped = 0 WHERE name = :queue"
-
 # Count the jobs of a queue that are processing when it gets a limit.
 # guard: a job that runs when its queue gets a limit counts
 COUNT_RUNNING = "UPDATE jobs SET counted = 1 WHERE state = 'processing' AND queue = :queue"
@@ -222,11 +219,6 @@ LEASE_ONE = f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id = :id RETURN
 
 # Advance a group.
 SET_TURN = "UPDATE queue_groups SET turn = :turn WHERE queue = :queue AND name = :name"
-
-# Advance a queue; NULL: as before.
-SET_QUEUE_TURN = """
-UPDATE queues SET turn = coalesce(:turn, turn), unnamed_turn = coalesce(:unnamed_turn, unnamed_turn)
-WHERE name = :queue"""
 
 # Return these jobs. :ids is a JSON array.
 THESE_JOBS = f"SELECT {COLUMNS} FROM jobs WHERE id {THESE}"
@@ -477,7 +469,8 @@ class Grouping(Backend):
         if self._read(WITHOUT_TURNS):
             with self._transaction(durable=False) as session:
                 self._lock_out_writers(session)
-                session.change_many(SET_UNGROUPED, [{"queue": name} for (name,) in session.run(WITHOUT_TURNS)])
+                for (name,) in session.run(WITHOUT_TURNS):
+                    session.set_columns("queues", name, grouped=0)
 
     def _start_groups(self, session: Session) -> None:
         """Keep `queue_groups` from now on; on PostgreSQL, that is always done."""
@@ -659,7 +652,7 @@ class Grouping(Backend):
                 if not group.name:
                     turns.setdefault(group.queue, {})["unnamed_turn"] = pick.turn
         for queue, changed in turns.items():
-            session.change(SET_QUEUE_TURN, {"queue": queue, "turn": None, "unnamed_turn": None, **changed})
+            session.set_columns("queues", queue, **changed)
         changes: dict[str, list[Params]] = {}
         for group, pick in last.items():
             if group.name:

@@ -74,17 +74,8 @@ SELECT {SCHEDULE_COLUMNS} FROM schedules WHERE paused = 0 AND next_at <= :now
     AND NOT EXISTS (SELECT 1 FROM history WHERE job_id = 0 AND event IN {MOVES})
 ORDER BY next_at, name LIMIT :limit"""
 
-# Advance a schedule.
-ADVANCE = "UPDATE schedules SET next_at = :next_at WHERE name = :name"
-
-# Record the last job of a schedule.
-FIRED = "UPDATE schedules SET last_at = :at, last_job_id = :job_id WHERE name = :name"
-
 # Count a time without a job.
 SKIPPED = "UPDATE schedules SET skipped = skipped + 1 WHERE name = :name"
-
-# Pause or resume a schedule; its next time stays the same if :next_at is NULL.
-SET_SCHEDULE_PAUSED = "UPDATE schedules SET paused = :paused, next_at = coalesce(:next_at, next_at) WHERE name = :name"
 
 # Mark the schedule of a task that no longer has one.
 MARK_REMOVED = "UPDATE schedules SET origin = 'removed' WHERE name = :name AND origin = 'task'"
@@ -189,14 +180,15 @@ class Scheduling(Backend):
             rows = session.run(SCHEDULE_NAMED, {"name": valid_name("schedule", name)})
             if not rows:
                 raise QueueError(f"cannot find schedule {name!r}: expected one of schedules()")
-            found, next_at = _schedule(rows[0]), None
+            found = _schedule(rows[0])
+            changed: Params = {"paused": paused}
             if not paused:
                 first = timing(found.cron, found.zone, found.every_seconds).next(now)
-                next_at = min(found.next_at, first)  # it is later if a clock was set back
+                changed["next_at"] = min(found.next_at, first)  # it is later if a clock was set back
                 # guard: a time while a schedule was paused gets no job
                 if found.paused and found.next_at <= now:
-                    next_at = first
-            session.change(SET_SCHEDULE_PAUSED, {"name": name, "paused": paused, "next_at": next_at})
+                    changed["next_at"] = first
+            session.set_columns("schedules", name, **changed)
             self.record(event, by=by, now=now)
             session.wakes = True
 
@@ -215,7 +207,7 @@ class Scheduling(Backend):
                 continue
             times, next_at = due_times(times_of, found.next_at, found.on_missed, now, MAX_FIRED)
             # guard: a schedule fires once for each time
-            session.change(ADVANCE, {"name": found.name, "next_at": next_at})
+            session.set_columns("schedules", found.name, next_at=next_at)
             for at in times:
                 self._fire(session, found, at, now)
 
@@ -233,7 +225,7 @@ class Scheduling(Backend):
                 raise
         else:
             if job_id.is_new:
-                session.change(FIRED, {"name": schedule.name, "at": at, "job_id": job_id})
+                session.set_columns("schedules", schedule.name, last_at=at, last_job_id=job_id)
                 return
         session.change(SKIPPED, {"name": schedule.name})
 

@@ -1105,25 +1105,10 @@ SELECT name, task, payload, queue, priority, "group", cron, zone, every_seconds,
     AND NOT EXISTS (SELECT 1 FROM pqueue.history WHERE job_id = 0 AND event IN ('moving', 'moved'))
 ORDER BY next_at, name LIMIT $2 FOR UPDATE SKIP LOCKED;
 
--- ADVANCE
--- Advance a schedule.
--- $1 next_at, $2 name
-UPDATE pqueue.schedules SET next_at = $1 WHERE name = $2;
-
--- FIRED
--- Record the last job of a schedule.
--- $1 at, $2 job_id, $3 name
-UPDATE pqueue.schedules SET last_at = $1, last_job_id = $2 WHERE name = $3;
-
 -- SKIPPED
 -- Count a time without a job.
 -- $1 name
 UPDATE pqueue.schedules SET skipped = skipped + 1 WHERE name = $1;
-
--- SET_SCHEDULE_PAUSED
--- Pause or resume a schedule; its next time stays the same if :next_at is NULL.
--- $1 paused, $2 next_at, $3 name
-UPDATE pqueue.schedules SET paused = $1, next_at = coalesce($2, next_at) WHERE name = $3;
 
 -- MARK_REMOVED
 -- Mark the schedule of a task that no longer has one.
@@ -1383,11 +1368,6 @@ UPDATE pqueue.queues SET grouped = 1 WHERE name = $1 AND grouped = 0;
 SELECT name FROM pqueue.queues q WHERE grouped = 1 AND max_running IS NULL AND rate_jobs IS NULL
     AND NOT EXISTS (SELECT 1 FROM pqueue.queue_groups g WHERE g.queue = q.name AND next_at = 0) AND NOT EXISTS (SELECT 1 FROM pqueue.group_events e WHERE e.queue = q.name);
 
--- SET_UNGROUPED
--- Let the groups of a queue no longer take turns.
--- $1 queue
-UPDATE pqueue.queues SET grouped = 0 WHERE name = $1;
-
 -- COUNT_RUNNING
 -- Count the jobs of a queue that are processing when it gets a limit.
 -- $1 queue
@@ -1520,12 +1500,6 @@ WHERE id = (SELECT id FROM pqueue.jobs WHERE id = $7 AND state = 'pending' FOR U
 -- Advance a group.
 -- $1 turn, $2 queue, $3 name
 UPDATE pqueue.queue_groups SET turn = $1 WHERE queue = $2 AND name = $3;
-
--- SET_QUEUE_TURN
--- Advance a queue; NULL: as before.
--- $1 turn, $2 unnamed_turn, $3 queue
-UPDATE pqueue.queues SET turn = coalesce($1, turn), unnamed_turn = coalesce($2, unnamed_turn)
-WHERE name = $3;
 
 -- THESE_JOBS
 -- Return these jobs. :ids is a JSON array.
