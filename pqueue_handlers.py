@@ -7,6 +7,7 @@ a handler has no handler itself.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,15 +42,12 @@ ADD_HANDLER_JOB = """
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, created_at)
 VALUES (:queue, :task, :payload, 'scheduled', 0, :now, :now) RETURNING id"""
 
-# Let the job of a handler run after the failed one.
-ADD_HANDLED = "INSERT INTO dependencies (job_id, parent_id, after_failed) VALUES (:id, :parent, 'handle')"
-
-# Keep the failed job while the job of its handler is unfinished.
-MARK_HANDLED = "UPDATE jobs SET has_dependents = 1 WHERE id = :parent"
-
 
 class Handling(Backend):
     """The operations on failure handlers."""
+
+    @abstractmethod
+    def _attach(self, *arguments: Any, **options: Any) -> None: ...
 
     def on_failed(
         self, queue: str, task: str | Task[..., Any] | None, *, by: str | None = None, now: float | None = None
@@ -90,10 +88,9 @@ class Handling(Backend):
         """Enqueue the jobs of the handlers of these jobs, as far as they failed."""
         for *job, handler in session.run(UNHANDLED, {"ids": to_json(job_ids)}):
             facts = dict(zip(("id", "queue", "task", "error", "attempts", "consumer"), job, strict=True))
-            params = {"queue": facts["queue"], "task": handler, "now": now, "parent": facts["id"]}
+            params = {"queue": facts["queue"], "task": handler, "now": now}
             session.change(ADD_TASK, params)
             params["payload"] = encode_json("payload", {"failed": facts})
-            ((params["id"],),) = session.run(ADD_HANDLER_JOB, params)
-            session.change(ADD_HANDLED, params)
-            session.change(MARK_HANDLED, params)
+            ((job_id,),) = session.run(ADD_HANDLER_JOB, params)
+            self._attach(session, [job_id], [facts["id"]], "handle", now)
             session.wakes = True

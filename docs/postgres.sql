@@ -1003,8 +1003,8 @@ SELECT task, line, CAST(sum(number) AS bigint), CAST(sum(recent) AS bigint), CAS
     GROUP BY task, line, hour) counted
 GROUP BY task, line ORDER BY max(place) DESC LIMIT 10000;
 
--- COUNT_ALL_RUNNING
--- Count the jobs that are processing in all queues.
+-- COUNT_RUNNING
+-- Count the jobs that are processing when a queue gets a limit; in queues without one, that has no effect.
 UPDATE pqueue.jobs SET counted = 1 WHERE state = 'processing';
 
 -- LIST_GROUPS
@@ -1248,16 +1248,6 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
     wait_seconds = outcomes.wait_seconds + excluded.wait_seconds)
 SELECT id FROM added;
 
--- ADD_HANDLED
--- Let the job of a handler run after the failed one.
--- $1 id, $2 parent
-INSERT INTO pqueue.dependencies (job_id, parent_id, after_failed) VALUES ($1, $2, 'handle');
-
--- MARK_HANDLED
--- Keep the failed job while the job of its handler is unfinished.
--- $1 parent
-UPDATE pqueue.jobs SET has_dependents = 1 WHERE id = $1;
-
 -- COUNT
 -- Count events of a task in a queue.
 -- $1 at, $2 queue, $3 task, $4 event, $5 run, $6 wait, $7 number, $8 run_seconds, $9 wait_seconds
@@ -1367,11 +1357,6 @@ UPDATE pqueue.queues SET grouped = 1 WHERE name = $1 AND grouped = 0;
 -- differs because the next claim lists groups that have new jobs
 SELECT name FROM pqueue.queues q WHERE grouped = 1 AND max_running IS NULL AND rate_jobs IS NULL
     AND NOT EXISTS (SELECT 1 FROM pqueue.queue_groups g WHERE g.queue = q.name AND next_at = 0) AND NOT EXISTS (SELECT 1 FROM pqueue.group_events e WHERE e.queue = q.name);
-
--- COUNT_RUNNING
--- Count the jobs of a queue that are processing when it gets a limit.
--- $1 queue
-UPDATE pqueue.jobs SET counted = 1 WHERE state = 'processing' AND queue = $1;
 
 -- SET_WEIGHT
 -- Set the weight of a group.
