@@ -492,7 +492,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
                     params = claim_params(me, limit, wanted, lease_seconds, at)
                     in_turn = self._claim_in_turn(session, params, me.prefetches) if limit and grouped else None
                     rows = self._claim(session, params, me.prefetches) if limit and in_turn is None else in_turn or []
-                    jobs = self._claimed_jobs(session, rows, params, in_order=in_turn is not None)
+                    jobs = self._claimed_jobs(rows, params, in_order=in_turn is not None)
                     # guard: a job that has expired is not delivered
                     if has_expired := any(job.expires_at is not None and job.expires_at <= at for job in jobs):
                         raise ClaimAgain
@@ -513,25 +513,20 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
                 self._reclaim(session, dead, now)
                 batch = self._cancel_expired(session, now)
 
-    def _claimed_jobs(self, session: Session, rows: list[Any], params: Params, *, in_order: bool = False) -> list[Job]:
-        """Return the jobs of the rows that a claim returned, in order, without unreadable ones."""
+    def _claimed_jobs(self, rows: list[Any], params: Params, *, in_order: bool = False) -> list[Job]:
+        """Return the jobs of the rows that a claim returned, in order; fail those that Python's JSON parser cannot
+        read, so that they do not block the queue."""
         jobs = [to_job(row) for row in rows]
         if len(jobs) > 1 and not in_order:
             jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
-        return [job for job in jobs if not self._fail_unreadable(session, job, params["now"])]
-
-    def _fail_unreadable(self, session: Session, job: Job, now: float) -> bool:
-        """Fail a job that Python's JSON parser cannot read, so that it does not block the queue."""
-        if not isinstance(job.payload, Excerpt) and not isinstance(job.result, Excerpt):
-            return False
-        params = {"id": job.id, "token": job.lease_token, "now": now, "error": UNREADABLE}
-        with session:
-            session.change(pqueue_schema.RECORD, {**params, "event": "failed", "actor": job.consumer})
-            session.change(pqueue_schema.FAIL, params)
-            count(session, job.queue, job.task, "failed", now)
-            # guard: a job that cannot be read is followed up
-            self._job_ended(session, job.id, now)
-        return True
+        readable = []
+        for job in jobs:
+            if not isinstance(job.payload, Excerpt) and not isinstance(job.result, Excerpt):
+                readable.append(job)
+                continue
+            with suppress(LeaseLost):  # on PostgreSQL, an operator may have ended it
+                self.fail(job, UNREADABLE, retry=False, now=params["now"])
+        return readable
 
     def _claim(self, session: Session, params: Params, prefetches: bool) -> list[Any]:  # noqa: ARG002
         """Lease up to :limit jobs, and return their rows."""

@@ -858,7 +858,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         taken = [row[3:] for row in rows if row[3] is not None]
         reach.adapt(width, limit, tasks=rows[0][1], looked_at=rows[0][2], taken=len(taken))
         self.max_batch = reach.max_batch()
-        jobs = self._claimed_jobs(session, taken, claim)
+        jobs = self._claimed_jobs(taken, claim)
         # Those whose lease was lost, or that others wait for. If there are any, nothing was claimed.
         left = [each for each in completions if rows[0][0] is not None and each[0].id not in rows[0][0]]
         if completions and self.is_awaited:

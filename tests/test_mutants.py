@@ -224,7 +224,6 @@ MUTANTS = [
     Mutant("a failed attempt that was the last is followed up", "contract: finishes_in_any_way"),
     Mutant("a job that was lost for good is followed up", "contract: finishes_in_any_way"),
     Mutant("a job that an operator ended is followed up", "contract: finishes_in_any_way"),
-    Mutant("a job that cannot be read is followed up", "contract: cannot_be_read_fails_its"),
     Mutant("a job waits for all its parents", "contract: waits_until_all", "waits_for > finished.number", "waits_for < 0"),
     Mutant("a job that waited is scheduled if it is not due", "contract: finishes_in_any_way", "run_at > :now", "run_at < 0"),
     Mutant("a job fails with the job that it waits for", "contract: finishes_in_any_way", "state {UNSUCCESSFUL} AND id", "p.id < 0 AND id"),
