@@ -287,10 +287,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
                 ids = session.insert(sql, row)
             if ids:
                 return JobId.of_queue(self, ids)
-            for room, max_pending in session.run(pqueue_schema.ROOM, row):
-                if room is not None and room < row["number"]:
-                    raise queue_full("enqueue", row["queue"], max_pending, row["number"])
-            raise NotStored
+            raise queue_full(session, "enqueue", row["queue"], row["number"]) or NotStored
 
     def _store_after(self, sql: str, rows: list[Params], after: Iterable[int], after_failed: str) -> list[JobId[Any]]:
         """Do what `_store` does for each row, in one transaction; let the new jobs run after the others."""

@@ -266,9 +266,8 @@ class Operating(Grouping, Depending, Counting):
                 self._count_new(session)
                 self._add_queue(session, {"queue": queue, "task": task, "group": ""})
                 # guard: a full queue refuses a job of another queue
-                for room, max_pending in session.run(pqueue_schema.ROOM, {"queue": queue}):
-                    if room is not None and room <= 0:
-                        raise queue_full(f"move job {job_id}", queue, max_pending)
+                if full := queue_full(session, f"move job {job_id}", queue):
+                    raise full
                 session.change(pqueue_schema.FREE_KEY, {"queue": queue, "task": task, "key": key, "now": now})
             # guard: a job that gets a group is delivered
             if old_group if group is None else group:
@@ -414,18 +413,21 @@ def refusal(session: Session, verb: str, job_id: int, allowed: Sequence[str] = (
     for state, key, queue in session.run("SELECT state, key, queue FROM jobs WHERE id = :id", {"id": job_id}):
         if state not in allowed:
             return InvalidTransition(f"cannot {verb} job {job_id}: it is {state}")
-        for room, max_pending in session.run(pqueue_schema.ROOM, {"queue": queue}) if state in FINISHED else ():
-            if room is not None and room <= 0:
-                return queue_full(f"{verb} job {job_id}", queue, max_pending)
+        if state in FINISHED and (full := queue_full(session, f"{verb} job {job_id}", queue)):
+            return full
         return InvalidTransition(f"cannot {verb} job {job_id}: another job has its key {key!r}")
     return JobNotFound(f"cannot {verb} job {job_id}: no such job")
 
 
-def queue_full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> QueueFull | ValueError:
-    if jobs > max_pending:
-        return ValueError(f"expected at most {max_pending} jobs, the limit of queue {queue!r}, got {jobs} at once")
-    room = "is at" if jobs == 1 else f"has no room for {jobs} jobs within"
-    return QueueFull(f"cannot {verb}: queue {queue!r} {room} its limit of {max_pending} pending jobs")
+def queue_full(session: Session, verb: str, queue: str, jobs: int = 1) -> QueueFull | ValueError | None:
+    """Return the error for a queue that has no room for this many jobs; None: it has."""
+    ((room, most),) = session.run(pqueue_schema.ROOM, {"queue": queue}) or [(None, None)]
+    if room is None or room >= jobs:
+        return None
+    if jobs > most:
+        return ValueError(f"expected at most {most} jobs, the limit of queue {queue!r}, got {jobs} at once")
+    lacks = "is at" if jobs == 1 else f"has no room for {jobs} jobs within"
+    return QueueFull(f"cannot {verb}: queue {queue!r} {lacks} its limit of {most} pending jobs")
 
 
 def count_running(session: Session) -> int:

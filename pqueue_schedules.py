@@ -14,11 +14,14 @@ from typing import Any, Literal, NamedTuple
 
 from pqueue_backend import Backend, Session
 from pqueue_cron import due_times, timing, valid_times
-from pqueue_schema import COLUMN_OF, MOVES, ROOM
+from pqueue_operating import queue_full
+from pqueue_schema import COLUMN_OF, MOVES
 from pqueue_tasks import Task, actor, place, without_metadata
 from pqueue_values import JobId, Params, QueueError, QueueFull, above_0, encode_json, read_json, valid_name
 
 MAX_FIRED = 100  # schedules, and times of one of them, per dequeue
+KEY = "schedule:"  # and the name: the key of a schedule's unfinished job
+MAX_SCHEDULE_NAME = 255 - len(KEY)
 
 
 class Schedule(NamedTuple):
@@ -213,15 +216,14 @@ class Scheduling(Backend):
 
     def _fire(self, session: Session, schedule: Schedule, at: float, now: float) -> None:
         # guard: runs of a schedule do not overlap
-        key = None if schedule.overlap or schedule.on_missed == "all" else _key(schedule.name)
+        key = None if schedule.overlap or schedule.on_missed == "all" else f"{KEY}{schedule.name}"
         task, payload, queue, priority = schedule.task, schedule.payload, schedule.queue, schedule.priority
         options: Params = {"run_at": at, "expire_seconds": schedule.expire_seconds, "key": key, "now": now}
         try:
             with without_metadata():
                 job_id = self.enqueue(task, payload, queue=queue, group=schedule.group, priority=priority, **options)
         except QueueFull:
-            rooms = [row[0] for row in session.run(ROOM, {"queue": queue})]
-            if not rooms or rooms[0] is None or rooms[0] > 0:  # the disk is full, not the queue
+            if not queue_full(session, "enqueue", queue):  # the disk is full, not the queue
                 raise
         else:
             if job_id.is_new:
@@ -258,14 +260,6 @@ def _no_arguments(task: Task[..., Any]) -> Any:
         return task.parameters.payload((), {})
     except TypeError as error:
         raise ValueError(f"cannot schedule a call without arguments: {error}") from None
-
-
-def _key(name: str) -> str:
-    """Return the key of a schedule's unfinished job."""
-    return f"schedule:{name}"
-
-
-MAX_SCHEDULE_NAME = 255 - len(_key(""))
 
 
 def _schedule(row: Sequence[Any]) -> Schedule:

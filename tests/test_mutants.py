@@ -209,7 +209,7 @@ MUTANTS = [
     Mutant("a schedule keeps its next time unless that is what changes", "contract: keeps_its_next_time", "not before or before[0][TIMED] != defined[TIMED]", "True"),
     Mutant("a schedule that its task does not declare any more is marked", "contract: follows_its_decorator"),
     Mutant("a time while a schedule was paused gets no job", "contract: paused_gets_no_job"),
-    Mutant("runs of a schedule do not overlap", "contract: while_its_job_is_unfinished", "_key(schedule.name)", "None"),
+    Mutant("runs of a schedule do not overlap", "contract: while_its_job_is_unfinished", 'f"{KEY}{schedule.name}"', "None"),
     Mutant("the job of a handler is delivered at once", "contract: handler_of_a_lost_job"),
     Mutant("an interval advances the time", "contract: schedule_that_is_invalid"),
     Mutant("a schedule that cannot be fired here keeps no consumer awake", "contract: unknown_zone", "max(left, POLL_SECONDS) if self._is_unfit else left", "left"),
