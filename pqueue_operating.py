@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -179,7 +178,7 @@ class Operating(Grouping, Depending, Counting):
         of the newest one deleted.
         """
         ids = None if job_ids is None else [valid_id(job_id) for job_id in valid_list("job ids", job_ids)]
-        params, now = {"ids": json.dumps(ids)}, self._time(now)
+        params, now = {"ids": to_json(ids)}, self._time(now)
         with self.exclusive(ids), self._transaction() as session:
             # guard: a job that is deleted was counted
             self._count_new(session)
@@ -320,11 +319,9 @@ class Operating(Grouping, Depending, Counting):
         """
         now, by = self._time(now), actor(by)
         times = spread(now + duration("delay_seconds", delay_seconds), rate)
-
-        def again(job_id: int) -> None:
-            self.resubmit(job_id, run_at=next(times), by=by, now=now)
-
-        return self.act_where(again, parents_first=True, **filters)
+        return self.act_where(
+            lambda job_id: self.resubmit(job_id, run_at=next(times), by=by, now=now), parents_first=True, **filters
+        )
 
     def run_now_where(self, *, by: str | None = None, now: float | None = None, **filters: Unpack[Filters]) -> Changed:
         """Do what `run_now` does with all jobs that match, as `resubmit_where` does."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
@@ -23,6 +22,7 @@ from pqueue_values import (
     error_text,
     interval,
     long_duration,
+    to_json,
     valid_list,
     valid_state,
 )
@@ -163,7 +163,7 @@ class Retaining(Grouping, Depending, Counting):
 
     def _prune(self, session: Session, params: Params) -> int:
         self._count_new(session)
-        these = {"ids": json.dumps([row[0] for row in session.run(pqueue_schema.PRUNABLE, params)])}
+        these = {"ids": to_json([row[0] for row in session.run(pqueue_schema.PRUNABLE, params)])}
         session.change(pqueue_schema.DELETE_HISTORY, these)
         session.change(pqueue_schema.DELETE_DEPENDENCIES, these)
         return session.change(pqueue_schema.DELETE_JOBS, these)
