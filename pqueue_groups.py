@@ -166,10 +166,16 @@ FROM queues q CROSS JOIN queue_tasks t CROSS JOIN jobs j ON j.id =
     (SELECT id FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT 1)
 WHERE {GROUP_PLACES}"""
 
-# Return the first jobs of a task in a group, in order.
-NEXT_OF_GROUP = f"""
-SELECT -priority, run_at, id, queue, "group", task FROM jobs WHERE queue = :queue AND task = :task AND "group" = :name
-    AND state = 'pending' AND assigned_to IS NULL ORDER BY {ORDER} LIMIT :share"""
+# The groups that a statement is about, and the task of each. :groups is a JSON array of [queue, name, task] arrays.
+# Without the LIMIT, SQLite would read it again at each use.
+THESE_GROUPS = """
+(SELECT json_extract(value, '$[0]') AS queue, json_extract(value, '$[1]') AS name, json_extract(value, '$[2]') AS task
+ FROM json_each(:groups) LIMIT -1) g"""
+
+# Return the first jobs of a task in each of these groups.
+NEXT_OF_GROUPS = f"""
+SELECT -priority, run_at, j.id, j.queue, "group", j.task FROM {THESE_GROUPS} CROSS JOIN jobs j ON j.id IN
+    (SELECT id FROM jobs WHERE {OF_GROUP} ORDER BY {ORDER} LIMIT :share)"""
 
 # Return the first jobs that are assigned to the consumer, in queues with limits, in order.
 ASSIGNED_IN_GROUPS = f"""
@@ -178,30 +184,24 @@ SELECT -priority, run_at, id, queue, "group" FROM jobs WHERE state = 'pending' A
 ORDER BY {ORDER} LIMIT :limit"""
 
 
-def rooms(groups: str) -> str:
-    """Return how many more jobs of each of these groups may run (NULL: any number), its rate, its last delivery, how
-    many of the next :limit deliveries the rate does not allow yet, and the delivery on which the first of them waits.
+_STARTS = "FROM group_starts s WHERE s.queue = last.queue AND s.name = last.name AND"
 
-    The delivery number n is allowed rate_seconds after number n - rate_jobs: so there are never more than rate_jobs
-    within rate_seconds, wherever these begin.
-    """
-    starts = "FROM group_starts s WHERE s.queue = last.queue AND s.name = last.name AND"
-    # guard: a group never has more jobs running than its limit
-    # guard: a group never has more deliveries in any time than its rate
-    return f"""
+# Return how many more jobs of each of these groups may run (NULL: any number), its rate, its last delivery, how many of
+# the next :limit deliveries the rate does not allow yet, and the delivery on which the first of them waits. The
+# delivery number n is allowed rate_seconds after number n - rate_jobs: so there are never more than rate_jobs within
+# rate_seconds, wherever these begin.
+# guard: a group never has more jobs running than its limit
+# guard: a group never has more deliveries in any time than its rate
+ROOMS = f"""
 SELECT queue, name, room, rate_jobs, rate_seconds, coalesce(n, 0),
-    (SELECT at {starts} s.n = last.n),
-    (SELECT count(*) {starts} s.n > last.n - rate_jobs AND s.n <= last.n - rate_jobs + :limit
+    (SELECT at {_STARTS} s.n = last.n),
+    (SELECT count(*) {_STARTS} s.n > last.n - rate_jobs AND s.n <= last.n - rate_jobs + :limit
         AND :now - s.at < rate_seconds),
-    (SELECT at {starts} s.n = last.n - rate_jobs + 1), max_running
+    (SELECT at {_STARTS} s.n = last.n - rate_jobs + 1), max_running
 FROM (SELECT g.queue, g.name, max_running, rate_jobs, rate_seconds, max_running - (SELECT count(*) FROM jobs
           WHERE jobs.queue = g.queue AND "group" = g.name AND state = 'processing' AND counted = 1) AS room,
           (SELECT max(n) FROM group_starts s WHERE s.queue = g.queue AND s.name = g.name) AS n
-      FROM {groups} JOIN queues q ON q.name = g.queue) last"""
-
-
-# What `rooms` returns for one group.
-ROOM_OF_GROUP = rooms("(SELECT :queue AS queue, :name AS name) g")
+      FROM {THESE_GROUPS} JOIN queues q ON q.name = g.queue) last"""
 
 # Return these jobs as they will be after LEASE_THESE, which takes half as long as RETURNING. :ids is a JSON array.
 AS_LEASED = f"""
@@ -429,9 +429,9 @@ class Grouping(Backend):
         "rate", (jobs, seconds) or None; "next_at", when that allows the next job, in Unix seconds; None: now.
         """
         name = "" if group is None else valid_group(group)
-        params = {"queue": valid_name("queue", queue), "name": name, "now": self._time(now), "limit": 1}
+        groups = to_json([[valid_name("queue", queue), name]])
         found: dict[str, Any] = {"running": None, "max_running": None, "rate": None, "next_at": None}
-        for row in self._read(ROOM_OF_GROUP, params):
+        for row in self._read(ROOMS, {"groups": groups, "now": self._time(now), "limit": 1}):
             _, _, room, jobs, seconds, _, _, blocked, first_at, most = row
             found |= {"max_running": most, "running": None if most is None else most - room}
             if jobs is not None:
@@ -560,35 +560,19 @@ class Grouping(Backend):
 
     def _read_rooms(self, session: Session, params: Params, groups: list[Group]) -> None:
         """Find out how many jobs of these groups may be claimed."""
-        rooms = {(row[0], row[1]): row for row in self._rooms(session, params, groups)} if groups else {}
+        these = {"groups": to_json([[group.queue, group.name] for group in groups])}
+        rooms = {(row[0], row[1]): row for row in session.run(ROOMS, {**params, **these})} if groups else {}
         for group in groups:
             group.room = Room(rooms[group.queue, group.name], params["limit"])
 
-    def _rooms(self, session: Session, params: Params, groups: list[Group]) -> list[Row]:
-        """Return the rows of ROOM_OF_GROUP for these groups."""
-        return [
-            row
-            for group in groups
-            for row in session.run(ROOM_OF_GROUP, {**params, "queue": group.queue, "name": group.name})
-        ]
-
     def _read_jobs(self, session: Session, groups: list[Group], share: int) -> None:
         """Read the first `share` jobs of each task of these groups."""
-        rows: dict[Group, list[Row]] = {group: [] for group in groups}
-        by_name = {(group.queue, group.name): group for group in groups}
-        for row in self._next_of_groups(session, groups, share):
-            rows[by_name[row[3], row[4]]].append(row)
+        rows: dict[tuple[str, str], list[Row]] = {(group.queue, group.name): [] for group in groups}
+        these = to_json([[group.queue, group.name, task] for group in groups for task in group.tasks])
+        for row in session.run(NEXT_OF_GROUPS, {"groups": these, "share": share}) if groups else ():
+            rows[row[3], row[4]].append(row)
         for group in groups:
-            group.fill(rows[group], share)
-
-    def _next_of_groups(self, session: Session, groups: list[Group], share: int) -> list[Row]:
-        """Return the rows of NEXT_OF_GROUP for each task of these groups."""
-        found: list[Row] = []
-        for group in groups:
-            for task in group.tasks:
-                place = {"queue": group.queue, "name": group.name, "task": task, "share": share}
-                found += session.run(NEXT_OF_GROUP, place)
-        return found
+            group.fill(rows[group.queue, group.name], share)
 
     def _rest(self, session: Session, groups: list[Group]) -> bool:
         """Let later claims pass over groups that have no job, or are at a limit; return whether there are any."""

@@ -503,6 +503,10 @@ SELECT q.name, q.unnamed_turn, '', -priority, run_at, j.id, t.task, NULL, q.turn
 FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
     (SELECT id, priority, run_at FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT 1) j
 WHERE {GROUP_PLACES}""",
+    # differs because a subquery for each group is LATERAL
+    pqueue_groups.NEXT_OF_GROUPS: f"""
+SELECT -priority, run_at, j.id, j.queue, "group", j.task FROM {pqueue_groups.THESE_GROUPS} CROSS JOIN LATERAL
+    (SELECT * FROM jobs WHERE {pqueue_groups.OF_GROUP} ORDER BY {ORDER} LIMIT :share) j""",
     # differs because parameters have no types, and others may have claimed the jobs since
     pqueue_groups.AS_LEASED: f"""
 SELECT {", ".join(AS_LEASED.get(name, column) for name, column in COLUMN_OF.items())} FROM jobs
@@ -732,16 +736,6 @@ WHERE queue_groups.next_at IS NULL OR queue_groups.next_at < 0"""
 
 # Return the first jobs that the consumer may take from queues without groups, in order.
 FIRST_JOBS = f"{_with_tasks(WIDTH)}\nSELECT -priority, run_at, id FROM ({_in_order(WIDTH)}) jobs LIMIT :limit"
-
-# Do what NEXT_OF_GROUP does, for several tasks of groups.
-NEXT_OF_GROUPS = f"""
-SELECT jobs.* FROM unnest(CAST(:at_queues AS text[]), CAST(:at_names AS text[]), CAST(:at_tasks AS text[]))
-    AS p (queue, name, task) CROSS JOIN LATERAL (
-    SELECT -priority, run_at, id, queue, "group", task FROM jobs WHERE queue = p.queue AND task = p.task
-        AND "group" = p.name AND state = 'pending' AND assigned_to IS NULL ORDER BY {ORDER} LIMIT :share) jobs"""
-
-# Do what ROOM_OF_GROUP does, for several groups.
-ROOM_OF_GROUPS = pqueue_groups.rooms("unnest(CAST(:at_queues AS text[]), CAST(:at_names AS text[])) AS g (queue, name)")
 
 # Delete the jobs that PRUNABLE has locked, and their history; return how many. One that was locked after a transaction
 # that let another job run after it is seen to be needed only by a later statement than PRUNABLE.
@@ -1062,6 +1056,8 @@ def drift(model: list[Part], found: list[Part], schema: str, *, has_limits: bool
 _OF_TASK = "split_part(split_part(CAST(:known_attempts AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1)"
 REPLACED = {
     CHILDREN: AMONG.format(f"SELECT job_id FROM dependencies WHERE parent_id {THESE}"),
+    pqueue_groups.THESE_GROUPS: """(SELECT place ->> 0 AS queue, place ->> 1 AS name, place ->> 2 AS task
+    FROM json_array_elements(CAST(:groups AS json)) AS p (place)) g""",
     THESE: "= ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS bigint)))",
     MOST_ATTEMPTS: f"coalesce(jobs.max_attempts, CAST(nullif({_OF_TASK}, '') AS integer), {DEFAULT_MAX_ATTEMPTS})",
 }

@@ -55,7 +55,6 @@ from pqueue_connections import (
     setting,
 )
 from pqueue_files import temporary_folder
-from pqueue_groups import Group
 from pqueue_join import driver_connection
 from pqueue_listener import NOTIFY, WAITING, ConsumerLock, ListenConnection, ResultWatch, is_notify_queue_full
 from pqueue_postgres import (
@@ -900,15 +899,6 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _first_jobs(self, session: Session, params: Params) -> list[Any]:
         return session.run(pqueue_postgres.FIRST_JOBS, params)
-
-    def _next_of_groups(self, session: Session, groups: list[Group], share: int) -> list[Any]:
-        places = [(group.queue, group.name, task) for group in groups for task in group.tasks]
-        at = {name: [place[n] for place in places] for n, name in enumerate(("at_queues", "at_names", "at_tasks"))}
-        return session.run(pqueue_postgres.NEXT_OF_GROUPS, {**at, "share": share}) if places else []
-
-    def _rooms(self, session: Session, params: Params, groups: list[Group]) -> list[Any]:
-        at = {"at_queues": [group.queue for group in groups], "at_names": [group.name for group in groups]}
-        return session.run(pqueue_postgres.ROOM_OF_GROUPS, {**params, **at})
 
     def _lock_as_writer(self, session: Session) -> None:
         session.change(pqueue_postgres.LOCK_AS_WRITER)

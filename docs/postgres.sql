@@ -1436,11 +1436,13 @@ FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LA
     (SELECT id, priority, run_at FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) j
 WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))));
 
--- NEXT_OF_GROUP
--- Return the first jobs of a task in a group, in order.
--- $1 queue, $2 task, $3 name, $4 share
-SELECT -priority, run_at, id, queue, "group", task FROM pqueue.jobs WHERE queue = $1 AND task = $2 AND "group" = $3
-    AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT $4;
+-- NEXT_OF_GROUPS
+-- Return the first jobs of a task in each of these groups.
+-- differs because a subquery for each group is LATERAL
+-- $1 groups, $2 share
+SELECT -priority, run_at, j.id, j.queue, "group", j.task FROM (SELECT place ->> 0 AS queue, place ->> 1 AS name, place ->> 2 AS task
+    FROM json_array_elements(CAST($1 AS json)) AS p (place)) g CROSS JOIN LATERAL
+    (SELECT * FROM pqueue.jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT $2) j;
 
 -- ASSIGNED_IN_GROUPS
 -- Return the first jobs that are assigned to the consumer, in queues with limits, in order.
@@ -1449,9 +1451,12 @@ SELECT -priority, run_at, id, queue, "group" FROM pqueue.jobs WHERE state = 'pen
     AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND queue IN (SELECT name FROM pqueue.queues WHERE paused = 0 AND (max_running IS NOT NULL OR rate_jobs IS NOT NULL))
 ORDER BY priority DESC, run_at, id LIMIT $3;
 
--- ROOM_OF_GROUP
--- What `rooms` returns for one group.
--- $1 limit, $2 now, $3 queue, $4 name
+-- ROOMS
+-- Return how many more jobs of each of these groups may run (NULL: any number), its rate, its last delivery, how many
+-- of the next :limit deliveries the rate does not allow yet, and the delivery on which the first of them waits. The
+-- delivery number n is allowed rate_seconds after number n - rate_jobs: so there are never more than rate_jobs within
+-- rate_seconds, wherever these begin.
+-- $1 limit, $2 now, $3 groups
 SELECT queue, name, room, rate_jobs, rate_seconds, coalesce(n, 0),
     (SELECT at FROM pqueue.group_starts s WHERE s.queue = last.queue AND s.name = last.name AND s.n = last.n),
     (SELECT count(*) FROM pqueue.group_starts s WHERE s.queue = last.queue AND s.name = last.name AND s.n > last.n - rate_jobs AND s.n <= last.n - rate_jobs + $1
@@ -1460,7 +1465,8 @@ SELECT queue, name, room, rate_jobs, rate_seconds, coalesce(n, 0),
 FROM (SELECT g.queue, g.name, max_running, rate_jobs, rate_seconds, max_running - (SELECT count(*) FROM pqueue.jobs
           WHERE jobs.queue = g.queue AND "group" = g.name AND state = 'processing' AND counted = 1) AS room,
           (SELECT max(n) FROM pqueue.group_starts s WHERE s.queue = g.queue AND s.name = g.name) AS n
-      FROM (SELECT $3 AS queue, $4 AS name) g JOIN pqueue.queues q ON q.name = g.queue) last;
+      FROM (SELECT place ->> 0 AS queue, place ->> 1 AS name, place ->> 2 AS task
+    FROM json_array_elements(CAST($3 AS json)) AS p (place)) g JOIN pqueue.queues q ON q.name = g.queue) last;
 
 -- AS_LEASED
 -- Return these jobs as they will be after LEASE_THESE, which takes half as long as RETURNING. :ids is a JSON array.
@@ -1640,27 +1646,6 @@ SELECT -priority, run_at, id FROM (
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 16)
         ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id) jobs LIMIT $4;
-
--- NEXT_OF_GROUPS
--- Do what NEXT_OF_GROUP does, for several tasks of groups.
--- $1 at_queues, $2 at_names, $3 at_tasks, $4 share
-SELECT jobs.* FROM unnest(CAST($1 AS text[]), CAST($2 AS text[]), CAST($3 AS text[]))
-    AS p (queue, name, task) CROSS JOIN LATERAL (
-    SELECT -priority, run_at, id, queue, "group", task FROM pqueue.jobs WHERE queue = p.queue AND task = p.task
-        AND "group" = p.name AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT $4) jobs;
-
--- ROOM_OF_GROUPS
--- Do what ROOM_OF_GROUP does, for several groups.
--- $1 limit, $2 now, $3 at_queues, $4 at_names
-SELECT queue, name, room, rate_jobs, rate_seconds, coalesce(n, 0),
-    (SELECT at FROM pqueue.group_starts s WHERE s.queue = last.queue AND s.name = last.name AND s.n = last.n),
-    (SELECT count(*) FROM pqueue.group_starts s WHERE s.queue = last.queue AND s.name = last.name AND s.n > last.n - rate_jobs AND s.n <= last.n - rate_jobs + $1
-        AND $2 - s.at < rate_seconds),
-    (SELECT at FROM pqueue.group_starts s WHERE s.queue = last.queue AND s.name = last.name AND s.n = last.n - rate_jobs + 1), max_running
-FROM (SELECT g.queue, g.name, max_running, rate_jobs, rate_seconds, max_running - (SELECT count(*) FROM pqueue.jobs
-          WHERE jobs.queue = g.queue AND "group" = g.name AND state = 'processing' AND counted = 1) AS room,
-          (SELECT max(n) FROM pqueue.group_starts s WHERE s.queue = g.queue AND s.name = g.name) AS n
-      FROM unnest(CAST($3 AS text[]), CAST($4 AS text[])) AS g (queue, name) JOIN pqueue.queues q ON q.name = g.queue) last;
 
 -- PRUNE
 -- Delete the jobs that PRUNABLE has locked, and their history; return how many. One that was locked after a transaction
