@@ -243,7 +243,6 @@ class Link:
         self.used_at = time.monotonic()
         self.for_application = ""  # the statement that gives the application the settings of its role
         self.search_path = ""  # of the role; the application may change it
-        self.has_lost_plans = False
         self.is_stale = False  # another one is to take its place
         self.connection: sqlalchemy.Connection | None = None  # of SQLAlchemy, when the application has used it
         self._poll = select.poll()
@@ -298,16 +297,11 @@ class Link:
             if self.driver.pgconn.notify_handler:
                 self.driver.pgconn.notify_handler(found)
 
-    def roll_back(self) -> None:
-        self.driver.rollback()
-        if self.has_lost_plans:
-            self.forget_plans()
-
     def forget_plans(self) -> None:
-        """Undo the transaction, if there is one, and prepare all statements again."""
+        """Undo the transaction, if any, and prepare all statements again, which the driver does after a rollback."""
+        if self.status == TransactionStatus.IDLE:
+            self.driver.execute("BEGIN")
         self.driver.rollback()
-        self.driver.execute("DEALLOCATE ALL")
-        self.has_lost_plans = False
 
     def close(self) -> None:
         with suppress(exc.SQLAlchemyError):

@@ -242,12 +242,8 @@ class PostgresSession(Session):
     def _execute_next(self, link: Link, text: bytes, values: list[Any], read: Callable[[Any], Any]) -> Any:
         if self.for_application:
             link.expect_utf8()
-        try:
-            with link.built_ins_first() if self.for_application else nullcontext():
-                return read(link.cursor.execute(text, values))
-        except PLAN_LOST:
-            link.has_lost_plans = True  # which cannot be fixed within the transaction
-            raise
+        with link.built_ins_first() if self.for_application else nullcontext():
+            return read(link.cursor.execute(text, values))
 
     def _begin_now(self) -> Link:
         link = self._take()
@@ -333,7 +329,7 @@ class PostgresSession(Session):
             self._link.driver.close()
         elif self._link.status != TransactionStatus.IDLE:
             with suppress(psycopg.Error):
-                self._link.roll_back()
+                self._link.driver.rollback()
                 if self.for_application:
                     self._link.driver.execute(UNLOCK_ALL)
         self._give_back()

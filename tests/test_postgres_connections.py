@@ -746,6 +746,21 @@ def test_verb_prepares_its_statements_anew_after_the_application_removed_them(qu
     assert queue.count_jobs(state="cancelled") == 9
 
 
+def test_verb_prepares_its_statements_anew_each_time_they_are_lost(queue):
+    deallocate = "DO $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$"
+    for _ in range(3):
+        for _ in range(8):
+            queue.consumers()
+        with pytest.raises(QueueBusy, match="removed prepared"), queue.transaction() as db:
+            db.exec_driver_sql(deallocate)
+            queue.consumers()
+        for _ in range(8):
+            queue.consumers()
+        with queue.transaction() as db:
+            db.exec_driver_sql(deallocate)
+        queue.consumers()
+
+
 def test_library_that_the_server_cannot_load_is_an_error(roles):
     error = opening(roles.add("library", "ALTER ROLE {role} SET session_preload_libraries = nosuch"))
     assert not isinstance(error, QueueBusy)
