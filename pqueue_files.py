@@ -176,6 +176,17 @@ def status(path: str | os.PathLike[str], *, follow_symlinks: bool = True) -> os.
         return None
 
 
+def own_descriptors() -> set[int]:
+    """Return the open descriptors of this process; none where /proc does not show them."""
+    found = set[int]()
+    with suppress(OSError):  # likewise where no descriptor is free to look
+        for number in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):  # it listed the others
+                os.fstat(number)
+                found.add(number)
+    return found
+
+
 def _count_open(identity: tuple[int, int], excluded: Sequence[int] = ()) -> int | None:
     """Return how many other descriptors of a file this process has; None where /proc does not show it."""
     found = 0
@@ -194,13 +205,29 @@ class DatabaseFiles:
     # The resolution of st_mtime with a margin: on file systems that store whole seconds, and on others (10 ms)
     MTIME_SECONDS = (3.0, 0.03)
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, before: set[int]) -> None:
+        """before: the descriptors of the process before SQLite opened the files."""
         self._path = path
         self._folder = os.fsencode(path.parent)
         self._names = [os.fsencode(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")]
         self._opened = self._identities()
+        self._flags: list[tuple[int, int]] = []  # of each descriptor; few other files have those that SQLite uses
+        for number in own_descriptors() - before if before and fcntl else ():
+            with suppress(OSError):  # another thread has closed it
+                if os.fstat(number)[1:3] in self._opened:
+                    self._flags.append((number, fcntl.fcntl(number, fcntl.F_GETFL)))
         self._changed_ns = 0  # st_mtime of the folder when all files were last found in place
         self._folder_identity: tuple[int, ...] = ()
+
+    def are_open(self) -> bool:
+        """Return False if a descriptor was closed by other code: what is written might reach another file."""
+        try:
+            for number, flags in self._flags:
+                if fcntl.fcntl(number, fcntl.F_GETFL) != flags:
+                    return False
+        except OSError:  # it is closed
+            return False
+        return True
 
     def expect_in_place(self) -> None:
         """Raise DatabaseReplaced unless all are in place. One stat suffices while the folder is unchanged."""
@@ -299,7 +326,8 @@ def open_own(path: str | os.PathLike[str], flags: int, folder: int | None = None
 
 
 def open_private(path: Path) -> int:
-    file = open_own(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
+    # O_NONBLOCK, which has no effect on a file, tells it from those of SQLite: see DatabaseFiles.are_open
+    file = open_own(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     share_as_folder(file, path.parent)
     return file
 

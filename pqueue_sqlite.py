@@ -42,6 +42,7 @@ from pqueue_files import (
     move_into_place,
     open_private,
     opening,
+    own_descriptors,
     part_of,
     real_path,
     replaced,
@@ -225,9 +226,10 @@ class SQLiteSession(Session):
         self.in_use = threading.RLock()  # held during calls into SQLite, so that no thread forks then
         self._locks: FileLocks | None = None
         with ExitStack() as undo:
+            before = own_descriptors()
             self.connection = undo.enter_context(closing(queue._connect()))
             self.run("PRAGMA user_version")  # SQLite opens the log at the first read, and holds its locks from then on
-            self.files = DatabaseFiles(queue.path)
+            self.files = DatabaseFiles(queue.path, before)
             with opening(queue.path):
                 try:
                     self._locks = None if queue.is_read_only else FileLocks.acquire(queue.path)
@@ -294,6 +296,7 @@ class SQLiteSession(Session):
         self.busy, self.runs_user_code = True, False
         try:
             self._expect_open()
+            self.expect_files_open()
             self._has_lock = self._queue._writer_lock.acquire(in_batch=self.in_batch)
             # guard: a replaced database is not written
             self.files.expect_in_place()
@@ -398,6 +401,16 @@ class SQLiteSession(Session):
     def _expect_open(self) -> None:
         if self._closed:
             raise QueueError(f"cannot use {self._queue.path}: this queue object is closed")
+
+    def expect_files_open(self) -> None:
+        """Raise DatabaseReplaced if other code has closed a descriptor of the connection."""
+        # guard: a closed descriptor of the database is not written
+        if not self.files.are_open():
+            with suppress(sqlite3.ProgrammingError):  # user code has closed the connection
+                self.connection.total_changes  # noqa: B018
+                raise DatabaseReplaced(
+                    f"cannot use {self._queue.path}: other code of this process has closed its files; restart"
+                )
 
     def abandon(self) -> None:
         """Close the parent's connection in a forked child, or SQLite would take the parent's locks for the child's.
@@ -637,6 +650,9 @@ class PersistentQSQLite(PersistentQInterface):
         # guard: a child forked inside a transaction is refused
         if self.path in _inherited_open:
             raise QueueError(f"cannot use {self.path}: this process was forked inside a transaction; fork before it")
+        for session in [each for queue in _queues for each in queue._sessions if queue.path == self.path]:
+            # guard: SQLite is not given a closed descriptor that it has kept
+            session.expect_files_open()
         with ExitStack() as undo, self._sqlite_errors():
             connection = sqlite3.connect(
                 f"{self.path.as_uri()}?{self._open_mode()}",

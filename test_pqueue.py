@@ -7298,10 +7298,10 @@ class Replaced(SQLiteCase):
         super().setUp()
         self.path = self.folder / "var" / "queue.db"
 
-    def other(self, code):
+    def other(self, code, *arguments):
         """Return what another process prints in which `q` is this queue."""
         code = f"import pqueue\nq = pqueue.PersistentQSQLite(sys.argv[1])\n{code}\nq.close()"
-        with python(code, self.path) as child:
+        with python(code, self.path, *arguments) as child:
             output = child.stdout.read().strip()
             self.assertEqual(child.wait(), 0)
         return output
@@ -7428,6 +7428,52 @@ kept = [open(q.path.parent / f"other-{n}", "w+b", buffering=0) for n in range(40
                 self.other(reuse + end)
                 queue.enqueue("t")
         self.assertEqual((queue.check()["problems"], queue.count_jobs()), ([], 6))
+
+    @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
+    def test_writer_whose_descriptors_other_code_has_closed_acknowledges_nothing(self):
+        reuse = """
+import os, threading
+from contextlib import suppress
+kept = []
+def other():
+    path = os.devnull if how == "null" else q.path.parent / "other"
+    return os.open(path, os.O_RDWR | os.O_CREAT)
+def is_of_queue(number):
+    with suppress(OSError): return os.readlink(f"/proc/self/fd/{number}") == f"{q.path}{suffix}"
+how, suffix = sys.argv[2:]
+q.enqueue("t")
+thread = threading.Thread(target=q.stats)
+thread.start()
+thread.join()
+for number in [number for number in range(3, 60) if suffix == "all" or is_of_queue(number)]:
+    with suppress(OSError): os.close(number)
+    if how != "closed": os.dup2(other(), number)
+def say(call):
+    try: print(type(call()).__name__)
+    except Exception as error: print(type(error).__name__)
+"""
+        calls = """
+say(lambda: q.enqueue("lost"))
+thread = threading.Thread(target=say, args=(lambda: q.enqueue("lost"),))
+thread.start()
+thread.join()
+say(lambda: pqueue.PersistentQSQLite(q.path))
+say(lambda: q.enqueue("lost"))
+os._exit(0)
+"""
+        queue = self.open()
+        queue.enqueue("t")
+        ids = [1]
+        for how in ("closed", "null", "file"):
+            for suffix in ("", "-wal", "-shm", "all"):
+                with self.subTest(how, suffix=suffix):
+                    said = self.other(reuse + calls, how, suffix).splitlines()
+                    self.assertEqual([*said[:2], said[3]], ["DatabaseReplaced"] * 3)
+                    ids += [ids[-1] + 1, queue.enqueue("t")]
+                    self.assertEqual([job.id for job in queue.list_jobs()], ids[::-1])
+                    self.assertEqual(queue.check()["problems"], [])
+                    other = self.path.parent / "other"
+                    self.assertEqual(other.read_bytes() if other.exists() else b"", b"")
 
     @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_connection_that_user_code_has_closed_is_replaced_and_forgotten(self):

@@ -320,7 +320,8 @@ class ProcessState:
 
     def repair_database(self) -> list[str]:
         """Undo that, and return what it was."""
-        return [*self._reset_descriptors(), *self.undo([self._connection])]
+        found = list(self._reset_descriptors())
+        return found if self.is_broken else [*found, *self.undo([self._connection])]
 
     def _seems_clean(self) -> bool:
         return (
@@ -340,7 +341,8 @@ class ProcessState:
         if self._queue.has_lent_connection and not self.is_broken:
             with suppress(DatabaseReplaced):  # no task is to blame, and the next use says so
                 self.renew_connection()
-        yield from self.undo([self._connection])
+        if not self.is_broken:
+            yield from self.undo([self._connection])
         yield from self._reset_streams()
         yield from self.undo(self._settings)
         yield from self._new_threads()

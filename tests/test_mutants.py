@@ -347,6 +347,8 @@ MUTANTS = [
     Mutant("a child forked inside a transaction is refused", "contract: forked_inside_a_transaction"),
     Mutant("a fork waits for threads inside SQLite", "test_processes.py: fork_during_calls", "timeout=max(0, until - time.monotonic())", "blocking=False"),
     Mutant("another program's file is refused", "contract: another_program", "owner != APPLICATION_ID", "False"),
+    Mutant("a closed descriptor of the database is not written", "contract: whose_descriptors_other_code_has_closed"),
+    Mutant("SQLite is not given a closed descriptor that it has kept", "contract: whose_descriptors_other_code_has_closed"),
     Mutant("a replaced database is not written", "contract: pulled_away"),
     Mutant("a queue that was opened stays with its file", "contract: replaced_before_its_first_use"),
     Mutant("a new connection opens the same files as the others", "contract: pulled_away"),
