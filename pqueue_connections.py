@@ -64,9 +64,6 @@ SYNCED = (
     "'off', 'on'), {})"
 )
 NOT_SYNCED = "pg_catalog.set_config('synchronous_commit', 'off', {})"
-# Let no function or operator of the application come before those of our statements, and let them again.
-BUILT_INS_FIRST = f"SELECT pg_catalog.set_config('search_path', '{NEEDED['search_path']}', true)"
-PATH_OF_APPLICATION = "SELECT pg_catalog.set_config('search_path', {}, true)"
 UNLOCK_ALL = "SELECT pg_catalog.pg_advisory_unlock_all()"  # a rollback does not do that
 # Undo what the application's statements may have left in the session. In the transaction, so that a rollback, which
 # undoes their settings, needs nothing. Deferred triggers run first: they may rely on the settings.
@@ -103,15 +100,11 @@ class Settings:
         values = {**NEEDED, **dict.fromkeys(limits, "0"), "lock_timeout": milliseconds}
         synced = SYNCED if durability == "full" else NOT_SYNCED
         lasting = values | timeout_settings(milliseconds, KEEPALIVES)
-        self._of_the_role = [name for name in OF_THE_ROLE if name in values]
-        self.of_the_role = "SELECT " + ", ".join(f"pg_catalog.current_setting('{name}')" for name in self._of_the_role)
         self.of_session = f"{setting(lasting, for_good=True)}, {synced.format(False)}"
         self.of_transaction = f"{setting(values, for_good=False)}, {synced.format(True)}"
         self.synced = f"SELECT {synced.format(True)}"
-
-    def for_application(self, values: tuple[Any, ...]) -> str:
-        """Return the statement that gives the application, for a transaction, the settings of its role."""
-        return setting(dict(zip(self._of_the_role, values, strict=True)), for_good=False)
+        # Gives the application, for a transaction, the settings of its role
+        self.for_application = "; ".join(f"SET LOCAL {name} TO DEFAULT" for name in OF_THE_ROLE if name in values)
 
 
 # The URL ##############################################################################################################
@@ -241,21 +234,19 @@ class Link:
         self.cursor = psycopg.RawCursor(driver)
         self.cursor.format = Format.BINARY
         self.used_at = time.monotonic()
-        self.for_application = ""  # the statement that gives the application the settings of its role
         self.search_path = ""  # of the role; the application may change it
         self.is_stale = False  # another one is to take its place
         self.connection: sqlalchemy.Connection | None = None  # of SQLAlchemy, when the application has used it
         self._poll = select.poll()
         self._poll.register(driver.fileno(), select.POLLIN)
         if not pooled:
-            self.note_role(settings)
+            self.note_path()
             driver.execute(settings.of_session)
 
-    def note_role(self, settings: Settings) -> None:
-        """Read the settings of the role, for the statements of the application."""
+    def note_path(self) -> None:
+        """Read the search_path of the role, which the statements of the application have."""
         with self.driver.cursor(row_factory=psycopg.rows.tuple_row) as cursor:
-            values = cursor.execute(settings.of_the_role).fetchone() or ("",)
-        self.for_application, self.search_path = settings.for_application(values), values[0]
+            (self.search_path,) = cursor.execute("SHOW search_path").fetchone() or ("",)
 
     def send(self, *commands: str) -> None:
         """Execute commands in one round trip."""
@@ -269,22 +260,20 @@ class Link:
         """Return whether the connection is idle and the server has sent nothing, such as a shutdown notice."""
         return self.status == TransactionStatus.IDLE and not self.is_stale and not self._poll.poll(0)
 
-    def expect_utf8(self) -> None:
-        """Make the driver encode texts as UTF-8 again, if the application has changed that in its transaction."""
+    @contextmanager
+    def ours(self) -> Iterator[None]:
+        """Execute statements of ours, whatever the application has set in its transaction: with texts in UTF-8, and
+        without functions or operators that its search_path puts before those of PostgreSQL."""
         if self.driver.pgconn.parameter_status(b"client_encoding") != b"UTF8":
             self.driver.execute("SET client_encoding = 'UTF8'")
-
-    @contextmanager
-    def built_ins_first(self) -> Iterator[None]:
-        """Use no function or operator that the application's search_path puts before those of PostgreSQL."""
         reported = self.driver.pgconn.parameter_status(b"search_path")  # since PostgreSQL 18
         path = self.search_path if reported is None else reported.decode()
         is_shadowed = "pg_catalog" in path and not path.startswith("pg_catalog")
         if is_shadowed:
-            self.driver.execute(BUILT_INS_FIRST)
+            self.driver.execute(setting({"search_path": NEEDED["search_path"]}, for_good=False))
         yield
         if is_shadowed:
-            self.driver.execute(PATH_OF_APPLICATION.format(psycopg.sql.quote(path)))
+            self.driver.execute(setting({"search_path": path}, for_good=False))
 
     def receive(self) -> None:
         """Read what the server has sent. The driver calls its handlers of notifications."""

@@ -77,7 +77,7 @@ def without_turns(new: str = "") -> str:
     group that becomes pending lets them take turns again: see the triggers."""
     return f"""
 SELECT name FROM queues q WHERE grouped = 1 AND max_running IS NULL AND rate_jobs IS NULL
-    AND NOT EXISTS (SELECT 1 FROM queue_groups g WHERE g.queue = q.name AND next_at = 0){new}"""
+    AND NOT EXISTS (SELECT 1 FROM queue_groups g WHERE g.queue = q.name AND next_at = 0) {new}"""
 
 
 WITHOUT_TURNS = without_turns()
@@ -108,7 +108,7 @@ HAS_PENDING = f"EXISTS (SELECT 1 FROM jobs WHERE {OF_GROUP} {FOR_EACH})"  # a gr
 def numbers_of_groups(new: str = "") -> str:
     return f"""
 SELECT q.name,
-    (SELECT count(DISTINCT g.name) FROM (SELECT queue, name, task FROM queue_groups{new}) g
+    (SELECT count(DISTINCT g.name) FROM (SELECT queue, name, task FROM queue_groups {new}) g
         WHERE g.queue = q.name AND {HAS_PENDING}) AS pending,
     EXISTS (SELECT 1 FROM queue_tasks t
         WHERE t.queue = q.name AND EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK} {FOR_EACH})) AS has_unnamed,
@@ -138,33 +138,44 @@ SELECT (SELECT min(next_at) FROM queue_groups WHERE next_at > 0) <= :now,
 # Mark the groups whose rate allows the next job now.
 WAKE_DELAYED = "UPDATE queue_groups SET next_at = 0 WHERE next_at > 0 AND next_at <= :now"
 
+NEXT_GROUPS = "FROM queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0 ORDER BY turn, name LIMIT"
+FIRST_OF_GROUP = f"FROM jobs WHERE {OF_GROUP} ORDER BY {ORDER} LIMIT 1"
+FIRST_OF_TASK = f"FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT 1"
+_WEIGHT = "(SELECT weight FROM group_weights w WHERE w.queue = g.queue AND w.name = g.name)"
+
+
+def ready(groups: str) -> str:
+    return f"""
+SELECT q.name, t.task, g.name, g.turn, {_WEIGHT}, q.turn, q.unnamed_turn, {HAS_LIMITS},
+    EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK} {FOR_EACH})
+FROM queues q CROSS JOIN queue_tasks t LEFT JOIN {groups}
+WHERE {GROUP_PLACES}"""
+
+
 # Return the tasks of each queue whose groups take turns, each with the :width groups that are next (NULL: none), and
 # whether there are jobs without a group.
-READY = f"""
-SELECT q.name, t.task, g.name, g.turn,
-    (SELECT weight FROM group_weights w WHERE w.queue = g.queue AND w.name = g.name),
-    q.turn, q.unnamed_turn, {HAS_LIMITS}, EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK} {FOR_EACH})
-FROM queues q CROSS JOIN queue_tasks t LEFT JOIN queue_groups g ON g.id IN
-    (SELECT id FROM queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0
-     ORDER BY turn, name LIMIT :width)
+READY = ready(f"queue_groups g ON g.id IN (SELECT id {NEXT_GROUPS} :width)")
+
+
+def next_in_turn(group: str, job_of_group: str, job_of_task: str) -> str:
+    return f"""
+SELECT q.name, g.turn, g.name, coalesce(-priority, 0), coalesce(run_at, 0.0), coalesce(j.id, 0), t.task, {_WEIGHT},
+    q.turn, {HAS_LIMITS}, EXISTS (SELECT 1 FROM jobs WHERE {OF_GROUP} LIMIT 1 OFFSET 1)
+FROM queues q CROSS JOIN queue_tasks t CROSS JOIN {group} LEFT JOIN {job_of_group}
+WHERE {GROUP_PLACES}
+UNION ALL
+SELECT q.name, q.unnamed_turn, '', -priority, run_at, j.id, t.task, NULL, q.turn, {HAS_LIMITS}, true
+FROM queues q CROSS JOIN queue_tasks t CROSS JOIN {job_of_task}
 WHERE {GROUP_PLACES}"""
+
 
 # Return for each task of each queue whose groups take turns the group that is next, and for the jobs without a group,
 # the first job and whether there is another; 0 for a group without jobs.
-NEXT_IN_TURN = f"""
-SELECT q.name, g.turn, g.name, coalesce(-priority, 0), coalesce(run_at, 0.0), coalesce(j.id, 0), t.task,
-    (SELECT weight FROM group_weights w WHERE w.queue = g.queue AND w.name = g.name), q.turn, {HAS_LIMITS},
-    EXISTS (SELECT 1 FROM jobs WHERE {OF_GROUP} LIMIT 1 OFFSET 1)
-FROM queues q CROSS JOIN queue_tasks t CROSS JOIN queue_groups g ON g.id =
-    (SELECT id FROM queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0
-     ORDER BY turn, name LIMIT 1)
-LEFT JOIN jobs j ON j.id = (SELECT id FROM jobs WHERE {OF_GROUP} ORDER BY {ORDER} LIMIT 1)
-WHERE {GROUP_PLACES}
-UNION ALL
-SELECT q.name, q.unnamed_turn, '', -priority, run_at, j.id, t.task, NULL, q.turn, {HAS_LIMITS}, 1
-FROM queues q CROSS JOIN queue_tasks t CROSS JOIN jobs j ON j.id =
-    (SELECT id FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT 1)
-WHERE {GROUP_PLACES}"""
+NEXT_IN_TURN = next_in_turn(
+    f"queue_groups g ON g.id = (SELECT id {NEXT_GROUPS} 1)",
+    f"jobs j ON j.id = (SELECT id {FIRST_OF_GROUP})",
+    f"jobs j ON j.id = (SELECT id {FIRST_OF_TASK})",
+)
 
 # The groups that a statement is about, and the task of each. :groups is a JSON array of [queue, name, task] arrays.
 # Without the LIMIT, SQLite would read it again at each use.

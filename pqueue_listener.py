@@ -95,13 +95,11 @@ class ListenConnection:
         with self._connecting:
             self._numbers.add(number)
             self._run_if_connected(LOCK_SLOT, number)
-        self._wake_waiters()
 
     def release(self, number: int) -> None:
         with self._connecting:
             self._numbers.discard(number)
             self._run_if_connected(UNLOCK_SLOT, number)
-        self._wake_waiters()  # for notifications received meanwhile
 
     def _run_if_connected(self, sql: str, number: int) -> None:
         """Execute the statement unless the connection is lost: the listener will reconnect."""

@@ -24,14 +24,17 @@ HOLDS_KEY = f"""key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN {UNF
 # A job that is cancelled if it does not start in time.
 EXPIRES = f"expires_at IS NOT NULL AND state IN {UNTAKEN}"
 
-# {id}, {bigint} and {float} are types. Lines that begin with {sqlite} are for SQLite only, which checks the types of
-# values only in STRICT tables. PostgreSQL always does, and would parse the JSON again at every update of the row.
+# {id}, {bigint} and {float} are types. {strict}, {without_rowid} and lines that begin with {sqlite} are for SQLite,
+# which checks the types of values only in STRICT tables. PostgreSQL always does, and would parse the JSON again at each
+# update of the row.
 # {task} is the task in an index: there a hash, as three names of 255 characters may exceed an index row of PostgreSQL.
 SQLITE_TYPES = {
     "id": "INTEGER PRIMARY KEY",
     "bigint": "INTEGER",
     "float": "REAL",
     "sqlite": "",
+    "strict": "\n STRICT",
+    "without_rowid": "\n WITHOUT ROWID, STRICT",
     "task": "task",
     "shard": "1",
 }
@@ -85,8 +88,7 @@ CREATE TABLE jobs (
     {sqlite} CHECK (json_valid(payload)), CHECK (result IS NULL OR json_valid(result)),
     {sqlite} CHECK (meta IS NULL OR json_valid(meta)),
     CHECK ((lease_token IS NULL) = (lease_expires_at IS NULL))
-)
-{sqlite} STRICT""",
+){strict}""",
         """
 CREATE TABLE queues (
     name         TEXT PRIMARY KEY,
@@ -105,15 +107,13 @@ CREATE TABLE queues (
     max_wait_seconds {float},                -- expected wait of a due job; NULL: see pqueue_outcomes.MAX_WAIT_SECONDS
     max_failed_share {float},                -- expected share of failed attempts; NULL: see there, MAX_FAILED_SHARE
     pruned_at   {float} NOT NULL DEFAULT 0   -- when a consumer last deleted jobs that are kept no longer, Unix seconds
-)
-{sqlite} STRICT""",
+){strict}""",
         """
 CREATE TABLE queue_tasks (  -- the tasks of each queue: a claim looks at the first jobs of each
     queue TEXT NOT NULL,  -- queues.name
     task  TEXT NOT NULL,
     PRIMARY KEY (queue, task)
-)
-{sqlite} WITHOUT ROWID, STRICT""",
+){without_rowid}""",
         """
 CREATE TABLE queue_groups (  -- the tasks of each group of a queue, those without a group excepted
     id      {id},
@@ -124,16 +124,14 @@ CREATE TABLE queue_groups (  -- the tasks of each group of a queue, those withou
     next_at {float} DEFAULT 0,           -- 0: may have a job to claim; -1: none; NULL: max_running are processing;
                                          -- else when the rate allows the next, Unix seconds
     UNIQUE (queue, name, task)
-)
-{sqlite} STRICT""",
+){strict}""",
         """
 CREATE TABLE group_weights (  -- those other than 1
     queue  TEXT NOT NULL,
     name   TEXT NOT NULL,
     weight {float} NOT NULL,
     PRIMARY KEY (queue, name)
-)
-{sqlite} WITHOUT ROWID, STRICT""",
+){without_rowid}""",
         """
 CREATE TABLE group_starts (  -- the last deliveries of each group whose queue has a rate, at most rate_jobs
     queue TEXT NOT NULL,
@@ -141,8 +139,7 @@ CREATE TABLE group_starts (  -- the last deliveries of each group whose queue ha
     n     {bigint} NOT NULL,  -- increases by 1
     at    {float} NOT NULL,   -- Unix seconds
     PRIMARY KEY (queue, name, n)
-)
-{sqlite} WITHOUT ROWID, STRICT""",
+){without_rowid}""",
         """
 CREATE TABLE consumers (
     id           {id},
@@ -160,8 +157,7 @@ CREATE TABLE consumers (
     failed       {bigint} NOT NULL DEFAULT 0,  -- number of attempts, as of the last heartbeat
     {sqlite} CHECK (queues IS NULL OR json_valid(queues)), CHECK (tasks IS NULL OR json_valid(tasks)),
     CHECK (state IN ('running', 'stopped', 'dead'))
-)
-{sqlite} STRICT""",
+){strict}""",
         """
 CREATE TABLE history (
     id      {id},
@@ -172,8 +168,7 @@ CREATE TABLE history (
     attempt INTEGER NOT NULL,    -- jobs.attempts at that time
     error   TEXT,                -- NULL: none
     started_at {float}           -- start of the attempt that ended, Unix seconds; NULL: none did
-)
-{sqlite} STRICT""",
+){strict}""",
         """
 CREATE TABLE dependencies (  -- see pqueue_dependencies
     id           {id},
@@ -182,14 +177,12 @@ CREATE TABLE dependencies (  -- see pqueue_dependencies
     after_failed TEXT NOT NULL,      -- if the parent fails: 'fail' the job, too, or 'run' it; 'handle': it has failed
     UNIQUE (parent_id, job_id),
     CHECK (after_failed IN ('fail', 'run', 'handle'))
-)
-{sqlite} STRICT""",
+){strict}""",
         """
 CREATE TABLE handlers (  -- see pqueue_handlers
     name TEXT PRIMARY KEY,  -- 'queue:' and the name of a queue, or 'task:' and that of a task
     task TEXT NOT NULL      -- that gets a job for each of its jobs that fails
-)
-{sqlite} STRICT""",
+){strict}""",
         """
 CREATE TABLE schedules (  -- see pqueue_schedules.Schedule
     name          TEXT PRIMARY KEY,
@@ -214,8 +207,7 @@ CREATE TABLE schedules (  -- see pqueue_schedules.Schedule
     CHECK ((cron IS NULL) <> (every_seconds IS NULL)),
     CHECK (on_missed IN ('once', 'skip', 'all')),
     CHECK (origin IN ('task', 'removed', 'schedule'))
-)
-{sqlite} STRICT""",
+){strict}""",
         """
 CREATE TABLE outcomes (  -- see pqueue_outcomes
     period  INTEGER NOT NULL,  -- its length: 60 or 3600 seconds; 0: the total
@@ -231,8 +223,7 @@ CREATE TABLE outcomes (  -- see pqueue_outcomes
     run_seconds  {float} NOT NULL,  -- the sum of the run times
     wait_seconds {float} NOT NULL,  -- the sum of the waiting times
     PRIMARY KEY (period, at, queue, task, event, run, wait, shard)
-)
-{sqlite} WITHOUT ROWID, STRICT""",
+){without_rowid}""",
         "CREATE INDEX outcomes_shards ON outcomes (at) WHERE shard <> 0",
         "CREATE INDEX schedules_due ON schedules (next_at) WHERE paused = 0",
         """CREATE INDEX jobs_claim ON jobs (queue, task, "group", priority DESC, run_at, id)
@@ -272,6 +263,10 @@ def expect_known(name: object, version: int) -> None:
 # Parts of statements
 
 # These are in other words on PostgreSQL, where `translated` replaces them.
+# The number of pending jobs of a queue with a limit.
+PENDING = "queues.pending"
+# The :payloads, a JSON array.
+EACH_PAYLOAD = "json_each(:payloads)"
 # Of the jobs :ids, a JSON array.
 THESE = "IN (SELECT value FROM json_each(:ids))"
 # Of the jobs that run after these.
@@ -305,8 +300,10 @@ HELD = "id = :id AND lease_token = :token"
 HELD_BY_CONSUMER = "state = 'processing' AND substr(lease_token, 1, 16) = :token"
 THESE_HELD = f"substr(lease_token, 1, 16) = :token AND id {THESE}"  # without the state: its index leads to all jobs
 PENDING_IN_QUEUE = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
+HAS_ROOM = f"(max_pending IS NULL OR max_pending > {PENDING})"
 # guard: a full queue refuses a job
-HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
+# guard: a full queue refuses a batch
+HAS_ROOM_FOR = f"(max_pending IS NULL OR max_pending - {PENDING} >= :number)"
 # A job with a group is delivered only from a queue whose groups take turns.
 # guard: a queue with a group has its groups take turns
 IN_TURN = "(:group = '' OR grouped = 1)"
@@ -329,34 +326,27 @@ STATE = "state || ''"  # of jobs that are found by id: for an expression, no ind
 # Statements, with :named parameters. Those that differ on PostgreSQL are in pqueue_postgres.POSTGRES.
 
 
-# guard: one job holds a key
-def enqueue(has_room: str) -> str:
+def _enqueue(payload: str, source: str) -> str:
     return f"""
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, key, key_until,
     key_expires_at, assigned_to, meta, "group", created_at)
-SELECT name, :task, :payload, :state, :priority, :run_at, :expires_at, :max_attempts, :key, :key_until,
+SELECT name, :task, {payload}, :state, :priority, :run_at, :expires_at, :max_attempts, :key, :key_until,
     :key_expires_at, :assigned_to, :meta, :group, :now
-FROM queues
-WHERE name = :queue AND {IS_LISTED} AND {IN_TURN} AND {has_room}
-{UNLESS_HELD}"""
+FROM {source}
+WHERE name = :queue AND {IS_LISTED} AND {IN_TURN} AND {HAS_ROOM_FOR}"""
 
 
 # Insert a job, unless its queue is unknown or full, its task is new in the queue, or another job holds its key.
-ENQUEUE = enqueue(HAS_ROOM)
+# guard: one job holds a key
+ENQUEUE = f"""{_enqueue(":payload", "queues")}
+{UNLESS_HELD}"""
 
 # Insert a job per payload, unless the queue is unknown or has no room for all, or the task is new in the queue.
 # :payloads is a JSON array of [payload], which preserves the text of each.
-# guard: a full queue refuses a batch
-ENQUEUE_MANY = f"""
-INSERT INTO jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, assigned_to, meta,
-    "group", created_at)
-SELECT name, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :expires_at, :max_attempts,
-    :assigned_to, :meta, :group, :now
-FROM queues CROSS JOIN json_each(:payloads)
-WHERE name = :queue AND {IS_LISTED} AND {IN_TURN} AND (max_pending IS NULL OR max_pending - pending >= :number)"""
+ENQUEUE_MANY = _enqueue("substr(value, 2, length(value) - 2)", f"queues CROSS JOIN {EACH_PAYLOAD}")
 
 # Return how many more pending jobs the queue accepts (NULL: any number), and its limit.
-ROOM = "SELECT max_pending - pending AS room, max_pending FROM queues WHERE name = :queue"
+ROOM = f"SELECT max_pending - {PENDING} AS room, max_pending FROM queues WHERE name = :queue"
 
 # Return the queues that have a limit.
 LIMITED = "SELECT name FROM queues WHERE max_pending IS NOT NULL"
@@ -398,14 +388,15 @@ WHERE true ON CONFLICT DO NOTHING"""
 ADD_TASK = "INSERT INTO queue_tasks (queue, task) VALUES (:queue, :task) ON CONFLICT DO NOTHING"
 
 # Where a consumer may take jobs from: the tasks that it knows in the queues that it serves. A job of another task or
-# queue is never read: however many there are, a claim costs the same. CROSS JOIN makes SQLite keep q and t in the outer
-# loops. Queues whose groups take turns: see pqueue_groups.
+# queue is never read: however many there are, a claim costs the same.
 # guard: a paused queue delivers nothing
 # guard: a consumer gets jobs of its queues only
 # guard: a consumer gets jobs of its tasks only
-PLACES = f"""FROM queues q CROSS JOIN queue_tasks t CROSS JOIN jobs
-WHERE q.grouped = 0 AND q.paused = 0 AND {AMONG_QUEUES.format(queue="q.name")}
+SERVED_TASKS = f"""q.paused = 0 AND {AMONG_QUEUES.format(queue="q.name")}
     AND t.queue = q.name AND {KNOWN.format(task="t.task")}"""
+# CROSS JOIN makes SQLite keep q and t in the outer loops. Queues whose groups take turns: see pqueue_groups.
+PLACES = f"FROM queues q CROSS JOIN queue_tasks t CROSS JOIN jobs WHERE q.grouped = 0 AND {SERVED_TASKS}"
+GROUP_PLACES = f"q.grouped = 1 AND {SERVED_TASKS}"
 # guard: a job assigned to a consumer is not for others
 PENDING_OF_TASK = """queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL"""
 # Whether the groups of a queue have limits. Then its assigned jobs are claimed as in pqueue_groups, too.
@@ -436,8 +427,8 @@ LEASE = {
     "max_attempts": MOST_ATTEMPTS,
     "consumer": ":consumer",
     "lease_token": ":token",
-    "lease_expires_at": ":lease_expires_at",
-    "started_at": ":now",
+    "lease_expires_at": "CAST(:lease_expires_at AS double precision)",
+    "started_at": "CAST(:now AS double precision)",
 }
 LEASED = ", ".join(f"{column} = {value}" for column, value in LEASE.items())
 
@@ -461,10 +452,6 @@ SELECT coalesce({FIRST_DUE.format("AND run_at <= :now")}, {FIRST_SCHEDULE.format
     {FIRST_LEASE_END.format("AND lease_expires_at <= :now")} IS NOT NULL AS expired,
     EXISTS (SELECT 1 FROM queues WHERE grouped = 1) AS grouped"""
 
-# Where a consumer may take jobs from groups.
-GROUP_PLACES = f"""q.grouped = 1 AND q.paused = 0
-    AND {AMONG_QUEUES.format(queue="q.name")}
-    AND t.queue = q.name AND {KNOWN.format(task="t.task")}"""
 # When the consumer may take a job without a group; the other groups are ready at queue_groups.next_at.
 # guard: a waiting consumer sleeps while the jobs without a group are at their limit
 _UNNAMED_AT = f"""
@@ -589,22 +576,18 @@ UPDATE = f"""
 UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:result, result) WHERE {HELD}"""
 
 
+# Make a finished job pending again, or scheduled, unless its queue is full or another job holds its key.
 # guard: a resubmitted job has all its attempts
 # guard: a resubmitted job waits for its time
 # guard: resubmit takes finished jobs
 # guard: a full queue refuses a resubmit
-def resubmit(has_room: str) -> str:
-    return f"""
+RESUBMIT = f"""
 UPDATE jobs SET state = CASE WHEN CAST(:run_at AS double precision) > :now THEN 'scheduled' ELSE 'pending' END,
     run_at = :run_at, expires_at = NULL, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
     error = NULL, waits_for = 0
 WHERE id = :id AND state IN {FINISHED}
-    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {has_room})
+    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})
     AND {KEY_IS_FREE}"""
-
-
-# Make a finished job pending again, or scheduled, unless its queue is full or another job holds its key.
-RESUBMIT = resubmit(HAS_ROOM)
 
 # Lease a finished job again, as in its last attempt, with its partial result, but without its key.
 LEASE_AGAIN = f"""

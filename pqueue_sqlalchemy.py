@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
-from itertools import islice
+from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
@@ -57,25 +57,7 @@ from pqueue_connections import (
 from pqueue_files import temporary_folder
 from pqueue_join import driver_connection
 from pqueue_listener import NOTIFY, WAITING, ConsumerLock, ListenConnection, ResultWatch, is_notify_queue_full
-from pqueue_postgres import (
-    AMONG,
-    CATALOG,
-    GRACE_SECONDS,
-    IS_FULL,
-    LOCK_CLASS,
-    LOCKED_SLOTS,
-    MAX_BATCH,
-    NOT_LOGGED,
-    PG_NOTIFY,
-    PG_NOTIFY_JOBS,
-    SCHEMA,
-    TABLES,
-    Part,
-    Reach,
-    drift,
-    names_in,
-    translated,
-)
+from pqueue_postgres import GRACE_SECONDS, LOCKED_SLOTS, PG_NOTIFY, PG_NOTIFY_JOBS, SCHEMA, TABLES, Part, translated
 from pqueue_sqlite import SQLiteSession
 from pqueue_values import JobId, Params
 
@@ -87,10 +69,8 @@ logging.getLogger("psycopg").addFilter(lambda record: not record.getMessage().st
 ALWAYS = {"client_encoding": "UTF8", "replication": ""}
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
 ENQUEUE_TRIES = 100  # while other transactions use and free the key
-# Return, of the settings of the server without which "full" holds for no job, those that are off.
-UNSAFE = """
-SELECT name || ' is off' FROM (VALUES ('fsync'), ('full_page_writes')) needed (name)
-WHERE current_setting(name) = 'off'"""
+SAFE = ["fsync", "full_page_writes"]  # settings of the server that must be on, or "full" holds for no job
+UNSAFE = f"SELECT name || ' is off' FROM unnest(ARRAY{SAFE}) name WHERE current_setting(name) = 'off'"
 # Return what no two databases have in common, as numbers: texts would depend on the settings.
 SAME_DATABASE = f"""
 SELECT (SELECT oid FROM pg_database WHERE datname = current_database())::bigint,
@@ -100,6 +80,13 @@ SELECT (SELECT oid FROM pg_database WHERE datname = current_database())::bigint,
 SIZE = f"""
 SELECT sum(pg_total_relation_size(oid))::bigint, bool_and(pg_has_role(relowner, 'USAGE')) FROM pg_class
 WHERE relkind = 'r' AND relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('{SCHEMA}.jobs'))"""
+# What an operation may need of each kind of object.
+RIGHTS = {
+    "table": ["SELECT", "INSERT", "UPDATE", "DELETE"],
+    "schema": ["USAGE", "CREATE"],
+    "database": ["CREATE"],
+    "function": ["EXECUTE"],
+}
 TRANSACTION_SETTINGS = """
 SELECT current_setting('transaction_read_only'), current_setting('synchronous_commit'),
     current_setting('transaction_isolation')"""
@@ -118,20 +105,8 @@ class NoRoom(QueueFull):
     """The queue is at its limit."""
 
 
-class KeyTaken(QueueBusy):
-    """A concurrent transaction has used the key for an unfinished job."""
-
-
-class Undone(Exception):
-    """Roll back what was done only to see its effect."""
-
-
-class Deadlock(QueueBusy):
-    """Another transaction and this one waited for each other."""
-
-
-class PlanLost(QueueBusy):
-    """A prepared statement became invalid in the middle of a transaction."""
+class Conflict(QueueBusy):
+    """Another transaction was in the way, or has altered a table; the same transaction will succeed if repeated."""
 
 
 class PostgresSession(Session):
@@ -189,17 +164,19 @@ class PostgresSession(Session):
         return rows
 
     def alone(self, sql: str, params: Params) -> list[Any]:
-        """Execute a statement as its own transaction."""
-        if not self._queue.pooled:
+        """Execute a statement as its own transaction, unless one has begun."""
+        if self.depth or not self._queue.pooled:
             return self.run(sql, params)
         with self:  # which has our settings
             return self.run(sql, params)
 
     def change_many(self, sql: str, rows: list[Params]) -> None:
         with self._queue._db_errors(self):
-            link = self._link or self._begin_now()
+            if self._link is None:
+                self._send_begin(self._take())
+            link = cast(Link, self._link)
             text, names = translated(sql, self._queue.schema)
-            with link.built_ins_first() if self.for_application else nullcontext():
+            with link.ours() if self.for_application else nullcontext():
                 link.cursor.executemany(text, [[row[name] for name in names] for row in rows])
 
     def _execute(self, sql: str, params: Params, read: Callable[[Any], Any]) -> Any:
@@ -240,15 +217,8 @@ class PostgresSession(Session):
         return read(link.cursor)
 
     def _execute_next(self, link: Link, text: bytes, values: list[Any], read: Callable[[Any], Any]) -> Any:
-        if self.for_application:
-            link.expect_utf8()
-        with link.built_ins_first() if self.for_application else nullcontext():
+        with link.ours() if self.for_application else nullcontext():
             return read(link.cursor.execute(text, values))
-
-    def _begin_now(self) -> Link:
-        link = self._take()
-        self._send_begin(link)
-        return link
 
     def _take(self) -> Link:
         link = self._queue._pool.take(for_application=self.for_application)
@@ -262,18 +232,18 @@ class PostgresSession(Session):
         link.driver.execute(self._begin_with)
         if self._queue.pooled:
             if self.for_application:
-                link.note_role(settings)
+                link.note_path()
             link.driver.execute(settings.of_transaction)
 
     def as_application(self) -> None:
         """Begin a transaction whose statements have the settings of the role."""
         with self._queue._db_errors():
+            link, settings = self._take(), self._queue._settings.for_application
             if self._queue.pooled:
-                link = self._begin_now()
-                link.send(link.for_application)
+                self._send_begin(link)
+                link.send(settings)
             else:
-                link = self._take()
-                link.send(BEGIN, link.for_application)
+                link.send(BEGIN, settings)
 
     @property
     def has_ended(self) -> bool:
@@ -375,7 +345,7 @@ class JoinedPostgres(Joined, PostgresSession):
             raise QueueError("cannot join: the connection commits each statement by itself: open a transaction first")
         if link.status not in (TransactionStatus.IDLE, TransactionStatus.INTRANS):
             raise QueueError("cannot join: the transaction of the connection has failed, or a statement is under way")
-        link.note_role(self._queue._settings)
+        link.note_path()
         (ours,), (theirs,) = self._queue._read(SAME_DATABASE), self.run(SAME_DATABASE)
         if ours != theirs:
             raise QueueError(f"cannot join: expected a connection to {self._queue.name}, got one to another database")
@@ -484,8 +454,8 @@ class OnPostgres(PersistentQSQLAlchemy):
     busy_seconds: how long to wait for a lock or a connection.
     """
 
-    max_batch = MAX_BATCH
-    _AMONG = AMONG
+    max_batch = pqueue_postgres.MAX_BATCH
+    _AMONG = pqueue_postgres.AMONG
     _LIKE = 'COLLATE "C" ILIKE'
     _BYTES = "octet_length(convert_to({}, 'UTF8'))"
 
@@ -513,7 +483,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         self.commit_seconds = 0.0  # a moving average
         self.cannot_wake = False  # the last attempt failed, and was reported
         self.has_enqueued = False
-        self._reach = Reach()
+        self._reach = pqueue_postgres.Reach()
         self._takes_turns = False  # at the last claim, some group might have had a job; that takes several statements
         self._closed = False
         self._parts: list[Part] = []  # of a new schema
@@ -546,37 +516,35 @@ class OnPostgres(PersistentQSQLAlchemy):
             # A running program waits until a password or a right is corrected
             busy = self._is_open and not isinstance(failure, QueueBusy)
             raise (QueueBusy(str(failure)) if busy else failure) from error
-        encoding = connection.info.parameter_status("server_encoding")
-        if encoding != "UTF8":
-            connection.close()
-            raise QueueError(f"cannot use {self.name}: expected a database with ENCODING 'UTF8', got {encoding}")
-        connection.adapters.register_dumper(int, Int8Dumper)  # one type for all values, so one prepared statement
-        self.pooled = connection.execute("SELECT pg_catalog.pg_backend_pid()").fetchone() != (
-            connection.info.backend_pid,
-        )
-        connection.prepare_threshold = None if self.pooled else 3
-        if self.pooled:  # not in a pipeline, which would hide the answer of a pooler that forbids it
-            with self._db_errors():
-                connection.execute("BEGIN")
-                connection.execute("ROLLBACK")
-        self._settings = Settings(self.durability, self._milliseconds, connection.info.server_version)
-        if self._is_open:  # another program may have migrated the tables while the connection was lost
-            with ExitStack() as undo:
-                undo.callback(connection.close)
-                with self._db_errors(), connection.cursor() as cursor:
-                    found = cursor.execute(self._sql("SELECT number FROM version")).fetchall()
-                    pqueue_schema.expect_known(self.name, self._number(found))
-                undo.pop_all()
+        with ExitStack() as undo, self._db_errors():
+            undo.callback(connection.close)
+            self._expect_usable(connection)
+            undo.pop_all()
         return connection
 
+    def _expect_usable(self, connection: psycopg.Connection[Any]) -> None:
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            raise QueueError(f"cannot use {self.name}: expected a database with ENCODING 'UTF8', got {encoding}")
+        connection.adapters.register_dumper(int, Int8Dumper)  # one type for all values, so one prepared statement
+        pid = connection.execute("SELECT pg_catalog.pg_backend_pid()").fetchone()
+        self.pooled = pid != (connection.info.backend_pid,)
+        connection.prepare_threshold = None if self.pooled else 3
+        if self.pooled:  # not in a pipeline, which would hide the answer of a pooler that forbids it
+            connection.execute("BEGIN")
+            connection.execute("ROLLBACK")
+        self._settings = Settings(self.durability, self._milliseconds, connection.info.server_version)
+        if self._is_open:  # another program may have migrated the tables while the connection was lost
+            found = connection.execute(self._sql("SELECT number FROM version")).fetchall()
+            pqueue_schema.expect_known(self.name, self._number(found))
+
     def _new_link(self) -> Link:
-        with self._db_errors():
+        with ExitStack() as undo, self._db_errors():
             driver = self._connect_raw()
-            try:
-                return Link(driver, self._settings, pooled=self.pooled)
-            except BaseException:
-                driver.close()
-                raise
+            undo.callback(driver.close)
+            link = Link(driver, self._settings, pooled=self.pooled)
+            undo.pop_all()
+        return link
 
     def _wrap(self, driver: psycopg.Connection[Any]) -> sqlalchemy.Connection:
         """Return an SQLAlchemy connection that leaves BEGIN, COMMIT and closing to the owner of `driver`."""
@@ -594,8 +562,8 @@ class OnPostgres(PersistentQSQLAlchemy):
         pqueue_schema.expect_known(self.name, version or 0)
         if version != len(pqueue_schema.MIGRATIONS):
             self._migrate()
-        unsafe = [row[0] for sql in (UNSAFE, NOT_LOGGED) for row in self._read(sql) if self.durability == "full"]
-        if unsafe:
+        tests = (UNSAFE, pqueue_postgres.NOT_LOGGED) if self.durability == "full" else ()
+        if unsafe := [row[0] for sql in tests for row in self._read(sql)]:
             log.warning("%s: a crash of the server may lose jobs: %s", self.name, ", ".join(unsafe))
 
     def _version(self) -> int | None:
@@ -615,15 +583,12 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _migrate(self) -> None:
         with self._transaction() as session:
-            session.run(f"SELECT pg_advisory_xact_lock({LOCK_CLASS})")
+            session.run(f"SELECT pg_advisory_xact_lock({pqueue_postgres.LOCK_CLASS})")
             if session.run(f"SELECT to_regnamespace('{SCHEMA}')::text")[0][0] is None:
                 session.change(f"CREATE SCHEMA {SCHEMA}")  # even IF NOT EXISTS needs a right on the database
             session.change(pqueue_postgres.VERSION)
             done = session.run("SELECT number FROM version")
-            for migration in islice(pqueue_schema.MIGRATIONS, done[0][0] if done else 0, None):
-                for statement in pqueue_postgres.definitions(migration):
-                    session.change(statement)
-            for statement in () if done else (*pqueue_postgres.COUNTING, *pqueue_postgres.GROUPING):
+            for statement in chain(*pqueue_postgres.MIGRATIONS[done[0][0] if done else 0 :]):
                 session.change(statement)
             session.change("DELETE FROM version")
             session.change("INSERT INTO version VALUES (:number)", {"number": len(pqueue_schema.MIGRATIONS)})
@@ -641,11 +606,11 @@ class OnPostgres(PersistentQSQLAlchemy):
         lines = str(original).strip().split("\n")
         text = lines[0] if lines else type(original).__name__
         if state == "23505" and original.diag.constraint_name == "jobs_key":
-            return KeyTaken(f"cannot write to {self.name}: another writer took the key at the same moment")
-        if state == IS_FULL:
+            return Conflict(f"cannot write to {self.name}: another writer took the key at the same moment")
+        if state == pqueue_postgres.IS_FULL:
             return NoRoom(f"cannot enqueue: {text}")
         if state in ("40P01", "40001", "55P03"):
-            return (Deadlock if state == "40P01" else QueueBusy)(
+            return (Conflict if state == "40P01" else QueueBusy)(
                 f"cannot write to {self.name}: another writer held it ({text})"
             )
         if state == "53100":
@@ -666,7 +631,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             return QueueError(f"cannot use {self.name}: expected pool_mode = transaction or session, got: {text}")
         if state == "26000" or original.diag.source_function == "RevalidateCachedQuery":
             why = "its tables were altered" if state == "0A000" else "the application removed prepared statements"
-            return PlanLost(f"cannot use {self.name}: {why}; try again ({text})")
+            return Conflict(f"cannot use {self.name}: {why}; try again ({text})")
         passes = isinstance(error, (exc.OperationalError, exc.InterfaceError, psycopg.OperationalError))
         if state[:2] == "57" or (passes and not state.startswith(LASTING_STATES)):
             verb = "reach" if state[:2] in ("", "08", "57") and state != "57014" else "use"  # that one was cancelled
@@ -684,28 +649,26 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _lacks(self, diag: psycopg.errors.Diagnostic, session: PostgresSession | None) -> str:
         """Return, as the end of a sentence, which right is missing."""
         kind, _, name = (diag.message_primary or "").removeprefix("permission denied for ").partition(" ")
-        rights = {"table": "SELECT, INSERT, UPDATE, DELETE", "schema": "USAGE, CREATE", "database": "CREATE"}
-        rights["function"] = "EXECUTE"
-        if kind not in rights:
+        if kind not in RIGHTS:
             return ""
         is_ours = kind in ("table", "function")
         shown = f"{self.schema}.{name}" if is_ours else name
         if function := re.search(r"function \S*\b(note_group|note_pending|count_pending)\(", diag.context or ""):
             return f": the owner of function {function[1]} lacks a right on {kind} {shown}"
-        missing = []
-        with suppress(QueueError):
-            for right in rights[kind].split(", "):
-                what = "%s::regproc" if kind == "function" else "%s"
-                sql = f"SELECT has_{kind}_privilege({what}, %s), quote_ident(current_user)"
-                has, role = self._ask(sql, f'"{self.schema}".{name}' if is_ours else name, right)
-                missing += [] if has else [right]
-            if session and session.for_application and (not missing or isinstance(session, Joined)):  # after SET ROLE
-                return f": the role of this transaction lacks a right on {kind} {shown}"
-            if not missing:  # such as a trigger, for which grants do not suffice
-                return f": role {role} does not own {kind} {shown}"
-            hint = f": grant it, or run CREATE SCHEMA {names_in(self.schema)[SCHEMA]} AUTHORIZATION {role}"
-            return f": role {role} lacks {', '.join(missing)} on {kind} {shown}{hint if kind == 'database' else ''}"
-        return ""
+        what = "%s::regproc" if kind == "function" else "%s"
+        sql = f"""
+SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::text[]) one
+    WHERE NOT has_{kind}_privilege({what}, one))"""
+        try:
+            role, missing = self._ask(sql, RIGHTS[kind], f'"{self.schema}".{name}' if is_ours else name)
+        except QueueError:
+            return ""
+        if session and session.for_application and (not missing or isinstance(session, Joined)):  # after SET ROLE
+            return f": the role of this transaction lacks a right on {kind} {shown}"
+        if not missing:  # such as a trigger, for which grants do not suffice
+            return f": role {role} does not own {kind} {shown}"
+        hint = f": grant it, or run CREATE SCHEMA {pqueue_postgres.names_in(self.schema)[SCHEMA]} AUTHORIZATION {role}"
+        return f": role {role} lacks {missing} on {kind} {shown}{hint if kind == 'database' else ''}"
 
     def _ask(self, sql: str, *values: Any) -> Any:
         """Return a row, read on a separate connection: that of this thread may be in a failed transaction."""
@@ -737,8 +700,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         return session
 
     def _read(self, sql: str, params: Params = pqueue_values.NO_PARAMS) -> list[Any]:
-        session = self._session()
-        return session.run(sql, params) if session.depth else session.alone(sql, params)
+        return self._session().alone(sql, params)
 
     def _time(self, now: float | None) -> float:
         if now is not None:
@@ -779,7 +741,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         it was faster than the other one.
         """
         for _ in range(2):
-            with suppress(KeyTaken, Deadlock):
+            with suppress(Conflict):
                 return super()._operator_verb(*arguments, **values)
         return super()._operator_verb(*arguments, **values)
 
@@ -867,7 +829,7 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _step_by_step(self, *arguments: Any) -> tuple[list[Job], list[Job]]:
         """Do it in several statements; once more if the tables were altered since they were prepared."""
-        with suppress(PlanLost) if not self.in_transaction else nullcontext():
+        with suppress(Conflict) if not self.in_transaction else nullcontext():
             return super()._complete_and_claim(*arguments)
         return super()._complete_and_claim(*arguments)
 
@@ -999,7 +961,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         target = pqueue_values.file_path(path)
         try:
             if target.exists():
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                raise QueueError(f"cannot back up to {target}: {os.strerror(errno.EEXIST)}")
             with (
                 temporary_folder(f"{target.name}.", target.parent) as folder,
                 closing(PersistentQSQLite(folder / "copy.db")) as copy,
@@ -1050,18 +1012,16 @@ class OnPostgres(PersistentQSQLAlchemy):
             session.run(f"SELECT setval({sequence}, greatest(max(id), 1), coalesce(max(id) > 0, false)) FROM {table}")
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
-        expected: dict[str, Any] = {"fsync": "on", "full_page_writes": "on"}
+        expected: dict[str, Any] = dict.fromkeys(SAFE, "on")
         expected |= {"server_encoding": "UTF8", "transaction_isolation": "read committed"}
-        if self.durability == "full":
-            expected["synchronous_commit"] = "on"
         facts: dict[str, Any] = {"path": self.name, "durability": self.durability, "schema_version": self._version()}
         for name in ("server_version", "synchronous_commit", *expected):
             facts[name] = self._read(f"SHOW {name}")[0][0]
         if thorough:
             facts["file_bytes"] = self._read("SELECT pg_database_size(current_database())")[0][0]
         expected["schema_version"] = len(pqueue_schema.MIGRATIONS)
-        if facts["synchronous_commit"] != "off":  # on this server's disk; the values differ only for standbys
-            expected.pop("synchronous_commit", None)
+        if self.durability == "full" and facts["synchronous_commit"] == "off":  # others differ only for standbys
+            expected["synchronous_commit"] = "on"
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
@@ -1073,12 +1033,13 @@ class OnPostgres(PersistentQSQLAlchemy):
         return facts
 
     def _look_for_problems(self, version: int, *, thorough: bool) -> Iterator[Iterable[str]]:
-        for sql in pqueue_postgres.HEALTH:
+        for sql in pqueue_postgres.HEALTH.values():
             yield [row[0] for row in self._read(sql)]
         if version == len(pqueue_schema.MIGRATIONS):
             has_limits = bool(self._read(pqueue_schema.LIMITED))
             if model := self._model():
-                yield drift(model, self._read(CATALOG, {"temporary": False}), self.schema, has_limits=has_limits)
+                found = self._read(pqueue_postgres.CATALOG, {"temporary": False})
+                yield pqueue_postgres.drift(model, found, self.schema, has_limits=has_limits)
         for name, counted, found in self._read(pqueue_postgres.MISCOUNTED) if thorough else ():
             yield [f"expected {found} pending jobs of queue {name!r}, counted {counted}: set its limit again"]
 
@@ -1086,11 +1047,11 @@ class OnPostgres(PersistentQSQLAlchemy):
         """Return the parts of a new schema, which the server describes; none if this role may not make temporary
         tables there."""
         if not self._parts:
-            with suppress(Undone, QueueError), self._transaction(durable=False) as session:
+            with suppress(QueueError), self._transaction(durable=False) as session:
                 for statement in pqueue_postgres.MODEL:
                     session.change(pqueue_postgres.temporary(statement))
-                self._parts = session.run(CATALOG, {"temporary": True})
-                raise Undone
+                self._parts = session.run(pqueue_postgres.CATALOG, {"temporary": True})
+                raise QueueError("undo it")
         return self._parts
 
     def reserve_connections(self, number: int) -> None:

@@ -299,7 +299,7 @@ MUTANTS = [
     Mutant("a process has one default queue", "contract: one_default_queue", "opened.setdefault(\"default\", mine) is not mine", "opened.update(default=mine)"),
     Mutant("a key holds within its queue", HISTORY, "queue = :queue AND ", ""),
     Mutant("a full queue refuses a job", "contract: queue_at_its_limit", "max_pending IS NULL", "1"),
-    Mutant("a full queue refuses a resubmit", "contract: after_every_verb", "    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {has_room})\n", ""),
+    Mutant("a full queue refuses a resubmit", "contract: after_every_verb", "    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})\n", ""),
     Mutant("a claimed job stops counting towards the limit", "contract: after_every_verb", '("UPDATE", "OF state, assigned_to, queue", "OLD", "-"),', ""),
     Mutant("a job that is pending again counts towards the limit", "contract: after_every_verb", '("UPDATE", "OF state, assigned_to, queue", "NEW", "+"),', ""),
     Mutant("a deleted job stops counting towards the limit", "contract: after_every_verb", '("DELETE", "", "OLD", "-"),', ""),
@@ -371,7 +371,7 @@ MUTANTS = [
     Mutant("a lease exists exactly while processing", "contract: guarantee_8", "(lease_token IS NULL) = (lease_expires_at IS NULL)", "1"),
     Mutant("a file from before 0.1 is refused", "contract: created_before"),
     Mutant("a payload is JSON", "contract: not_json", "CHECK (json_valid(payload)), ", ""),
-    Mutant("a value has the type of its column", "contract: not_json", "{sqlite} STRICT", ""),
+    Mutant("a value has the type of its column", "contract: not_json", "{strict}", ""),
     Mutant("files are private", "contract: private_and_usable", "0o600", "0o644"),
     Mutant("files are usable", "contract: private_and_usable"),
     # looking

@@ -782,15 +782,15 @@ def test_check_finds_a_changed_collation(queue, database, monkeypatch):  # noqa:
     assert [" but the indexes were built with 0.9: run REINDEX" in each for each in problems] == [True] * (
         changed is not None
     )
-    elsewhere = pqueue_postgres.COLLATION_CHANGED.replace("current_database()", "'another'")
+    elsewhere = pqueue_postgres.HEALTH["changed collation"].replace("current_database()", "'another'")
     elsewhere = re.sub("datcollversion <> .*", "true", elsewhere)
-    monkeypatch.setattr("pqueue_postgres.HEALTH", (elsewhere,))
+    monkeypatch.setattr("pqueue_postgres.HEALTH", {"": elsewhere})
     assert queue.check()["problems"] == []
 
 
 def test_check_names_the_transaction_that_keeps_dead_rows(queue, database, monkeypatch):  # noqa: F811
-    old = pqueue_postgres.OLD_TRANSACTIONS.replace("secs => 60", "secs => 0")
-    monkeypatch.setattr("pqueue_postgres.HEALTH", (old,))
+    old = pqueue_postgres.HEALTH["old transactions"].replace("secs => 60", "secs => 0")
+    monkeypatch.setattr("pqueue_postgres.HEALTH", {"": old})
     with psycopg.connect(database) as reader:
         reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         reader.execute("SELECT 'a report'")
@@ -799,10 +799,10 @@ def test_check_names_the_transaction_that_keeps_dead_rows(queue, database, monke
         assert "SELECT 'a report'" in problem
         monkeypatch.setattr(
             "pqueue_postgres.HEALTH",
-            (old.replace("<> 'autovacuum worker'", "NOT IN ('autovacuum worker', 'client backend')"),),
+            {"": old.replace("<> 'autovacuum worker'", "NOT IN ('autovacuum worker', 'client backend')")},
         )
         assert queue.check()["problems"] == []
-        monkeypatch.setattr("pqueue_postgres.HEALTH", (old,))
+        monkeypatch.setattr("pqueue_postgres.HEALTH", {"": old})
     elsewhere = psycopg.conninfo.make_conninfo(database, dbname="postgres")
     with psycopg.connect(elsewhere) as reader:  # which keeps no row of this database
         reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
@@ -812,8 +812,11 @@ def test_check_names_the_transaction_that_keeps_dead_rows(queue, database, monke
 
 def test_check_names_what_else_keeps_dead_rows(tmp_path, monkeypatch):
     """Slots without their user, transactions that were prepared, and standbys that report their snapshots."""
-    health = (pqueue_postgres.OLD_TRANSACTIONS, pqueue_postgres.UNUSED_SLOTS, pqueue_postgres.OLD_SNAPSHOTS)
-    at_once = [sql.replace("secs => 60", "secs => 0").replace("ELSE 1000000 END", "ELSE 0 END") for sql in health]
+    health = {name: pqueue_postgres.HEALTH[name] for name in ("old transactions", "unused slots", "old snapshots")}
+    at_once = {
+        name: sql.replace("secs => 60", "secs => 0").replace("ELSE 1000000 END", "ELSE 0 END")
+        for name, sql in health.items()
+    }
     own = postgres_server.Server(tmp_path / "primary").create()
     standby = postgres_server.Server(tmp_path / "standby")
     own.start(wal_level="logical", max_prepared_transactions=2)
@@ -833,7 +836,7 @@ def test_check_names_what_else_keeps_dead_rows(tmp_path, monkeypatch):
             keeps = r"not in use( since \d+ s)? and keeps \d+ (bytes|kB|MB) of log"
             remedy = r": start what uses it, or run SELECT pg_drop_replication_slot\('{}'\)"
             assert is_found(f"replication slot unused is {keeps}{remedy.format('unused')}"), problems()
-            for kept in (health, [sql.replace("'lost'", "'reserved'") for sql in at_once]):
+            for kept in (health, {name: sql.replace("'lost'", "'reserved'") for name, sql in at_once.items()}):
                 monkeypatch.setattr("pqueue_postgres.HEALTH", kept)
                 assert queue.check(thorough=False)["problems"] == []
             own.ask("SELECT pg_drop_replication_slot('unused')")
@@ -896,7 +899,7 @@ def test_check_expects_synced_commits_only_where_the_queue_promises_them(
 
 
 def test_check_names_who_holds_a_lock_that_others_wait_for(queue, database, monkeypatch):  # noqa: F811
-    health = [sql.replace("secs => 2", "secs => 0") for sql in pqueue_postgres.HEALTH]
+    health = {name: sql.replace("secs => 2", "secs => 0") for name, sql in pqueue_postgres.HEALTH.items()}
     monkeypatch.setattr("pqueue_postgres.HEALTH", health)
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
     with psycopg.connect(database) as other, closing(PersistentQSQLAlchemy(database, busy_seconds=60)) as producer:
@@ -916,8 +919,8 @@ def test_check_names_who_holds_a_lock_that_others_wait_for(queue, database, monk
     [("pqueue", True, 0, 1), ("pqueue", True, 3600, 0), ("psql", True, 0, 0), ("pqueue", False, 0, 0)],
 )
 def test_check_reports_long_waits_of_this_queue_only(queue, database, monkeypatch, name, is_here, seconds, found):  # noqa: F811
-    sql = pqueue_postgres.LONG_WAITS.replace("secs => 2", f"secs => {seconds}")
-    monkeypatch.setattr("pqueue_postgres.HEALTH", (sql,))
+    sql = pqueue_postgres.HEALTH["long waits"].replace("secs => 2", f"secs => {seconds}")
+    monkeypatch.setattr("pqueue_postgres.HEALTH", {"": sql})
     url = database if is_here else psycopg.conninfo.make_conninfo(database, dbname="postgres")
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND pid = %s"
     lock = f"SELECT pg_advisory_lock({random.getrandbits(60)})"
@@ -938,15 +941,15 @@ def test_check_reports_long_waits_of_this_queue_only(queue, database, monkeypatc
 @pytest.mark.parametrize(
     ("statement", "condition", "problem"),
     [
-        ("DEAD_ROWS", "n_dead_tup > 100000 + 2 * n_live_tup", "table jobs has [0-9]+ dead rows and [0-9]+ live"),
-        ("FEW_CONNECTIONS", "used > 0.9 * most", "[0-9]+ of [0-9]+ connections are in use"),
-        ("NOTIFY_QUEUE_FULL", "pg_notification_queue_usage() > 0.5", "the NOTIFY queue of the server is 0 % full"),
+        ("dead rows", "n_dead_tup > 100000 + 2 * n_live_tup", "table jobs has [0-9]+ dead rows and [0-9]+ live"),
+        ("few connections", "used > 0.9 * most", "[0-9]+ of [0-9]+ connections are in use"),
+        ("full NOTIFY queue", "pg_notification_queue_usage() > 0.5", "the NOTIFY queue of the server is 0 % full"),
     ],
 )
 def test_check_finds_what_runs_short(queue, database, monkeypatch, statement, condition, problem):  # noqa: F811
-    sql = getattr(pqueue_postgres, statement)
+    sql = pqueue_postgres.HEALTH[statement]
     assert condition in sql
-    monkeypatch.setattr("pqueue_postgres.HEALTH", (sql.replace(condition, "true"),))
+    monkeypatch.setattr("pqueue_postgres.HEALTH", {"": sql.replace(condition, "true")})
     with psycopg.connect(database, autocommit=True) as admin:
         admin.execute("CREATE TABLE public.strangers (id int); INSERT INTO public.strangers VALUES (1)")
         wait_until(
@@ -967,8 +970,8 @@ def test_check_finds_that_no_dead_rows_are_counted(database):  # noqa: F811
 
 @pytest.mark.parametrize(("seconds", "is_found"), [(600, False), (0, True)])
 def test_check_expects_dead_rows_until_the_next_vacuum(queue, database, monkeypatch, seconds, is_found):  # noqa: F811
-    sql = pqueue_postgres.DEAD_ROWS.replace("n_dead_tup > 100000 + 2 * n_live_tup", "relname = 'jobs'")
-    monkeypatch.setattr("pqueue_postgres.HEALTH", (sql.replace("secs => 600", f"secs => {seconds}"),))
+    sql = pqueue_postgres.HEALTH["dead rows"].replace("n_dead_tup > 100000 + 2 * n_live_tup", "relname = 'jobs'")
+    monkeypatch.setattr("pqueue_postgres.HEALTH", {"": sql.replace("secs => 600", f"secs => {seconds}")})
     with psycopg.connect(database, autocommit=True) as admin:
         admin.execute("VACUUM pqueue.jobs")
     assert bool(queue.check(thorough=False)["problems"]) == is_found
@@ -976,8 +979,8 @@ def test_check_expects_dead_rows_until_the_next_vacuum(queue, database, monkeypa
 
 def test_check_of_a_role_that_sees_no_other_names_the_session_that_keeps_dead_rows(database, monkeypatch):  # noqa: F811
     pqueue.open_queue(database).close()
-    sql = pqueue_postgres.OLD_SNAPSHOTS.replace("ELSE 1000000 END", "ELSE 0 END")
-    monkeypatch.setattr("pqueue_postgres.HEALTH", (sql,))
+    sql = pqueue_postgres.HEALTH["old snapshots"].replace("ELSE 1000000 END", "ELSE 0 END")
+    monkeypatch.setattr("pqueue_postgres.HEALTH", {"": sql})
     with psycopg.connect(database) as reader, psycopg.connect(database, autocommit=True) as admin:
         admin.execute("CREATE ROLE looker LOGIN; GRANT USAGE ON SCHEMA pqueue TO looker")
         admin.execute("GRANT SELECT ON ALL TABLES IN SCHEMA pqueue TO looker")
@@ -996,8 +999,8 @@ def test_check_of_a_role_that_sees_no_other_names_the_session_that_keeps_dead_ro
 
 
 def test_check_counts_connections_of_clients_only(queue, monkeypatch):
-    sql = pqueue_postgres.FEW_CONNECTIONS.replace("'client backend'", "'none'").replace("0.9 * most", "0")
-    monkeypatch.setattr("pqueue_postgres.HEALTH", (sql,))
+    sql = pqueue_postgres.HEALTH["few connections"].replace("'client backend'", "'none'").replace("0.9 * most", "0")
+    monkeypatch.setattr("pqueue_postgres.HEALTH", {"": sql})
     assert queue.check()["problems"] == []
 
 

@@ -21,7 +21,7 @@ from pqueue_tools import report
 ROWS = 8_000  # in each table that grows; a verb may look at a small part of them
 MOST = 400
 # They read all groups, with `prune`; and the catalog
-EXEMPT = (pqueue_groups.FORGET_GROUPS, *pqueue_postgres.HEALTH, pqueue_postgres.CATALOG)
+EXEMPT = (pqueue_groups.FORGET_GROUPS, *pqueue_postgres.HEALTH.values(), pqueue_postgres.CATALOG)
 MANY = f"""
 INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until,
     key_expires_at, assigned_to, created_at, started_at, finished_at, error, "group", waits_for, has_dependents)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +18,7 @@ import pqueue_outcomes
 import pqueue_postgres
 import pqueue_schedules
 import pqueue_schema
-from pqueue_postgres import NAMED, POSTGRES, translated
+from pqueue_postgres import DIFFERENCES, NAMED, POSTGRES, translated
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "postgres.sql"
 HEAD = """\
@@ -34,9 +35,9 @@ def statements(module: ModuleType) -> dict[str, str]:
 
 
 def comments(module: ModuleType) -> dict[str, str]:
-    """Return the comment above each constant, and each entry of a table, of a module by name."""
+    """Return the comment above each constant of a module by name."""
     source = Path(str(module.__file__)).read_text()
-    found = re.findall(r"((?:^ *# .*\n)+)^ *(?:pqueue_\w+\.)?([A-Z_]+)(?: =|:) ", source, re.MULTILINE)
+    found = re.findall(r"((?:^ *# .*\n)+)^([A-Z_]+) = ", source, re.MULTILINE)
     lines = {name: re.findall(r"# (?!guard: )(.*)", above) for above, name in found}
     return {name: " ".join(each) for name, each in lines.items() if each}
 
@@ -52,8 +53,9 @@ MODULES = (
 )
 SHARED = {name: sql for module in MODULES for name, sql in statements(module).items()}
 ABOUT = {name: about for module in MODULES for name, about in comments(module).items()}
-WHY = comments(pqueue_postgres)  # a statement differs
-RETURNS = re.compile(r"; returns (the new id|their ids)$")  # in the comment of a statement: on PostgreSQL alone
+WHY = {sql: reason for reason, statements in DIFFERENCES.items() for sql in statements}
+RETURNS = "; returns their ids"  # in a reason: on PostgreSQL alone
+OWN_ABOUT = comments(pqueue_postgres)
 OWN = {name: sql for name, sql in statements(pqueue_postgres).items() if sql not in POSTGRES.values()}
 BUILT = {  # from the width of a claim
     f"{build.__name__}({width})": (" ".join((build.__doc__ or "").split()), build(width))
@@ -69,16 +71,17 @@ DIFFERING = [name for name in SHARED if SHARED[name] in POSTGRES]
 def page() -> str:
     """Return the whole text of docs/postgres.sql."""
     parts = [HEAD, "-- The schema\n"]
-    for sql in [*(sql for each in pqueue_schema.MIGRATIONS for sql in pqueue_postgres.definitions(each))]:
-        parts.append(sent(sql))
-    parts += [sent(sql) for sql in (*pqueue_postgres.COUNTING, *pqueue_postgres.GROUPING)]
+    parts += [sent(sql) for sql in chain(*pqueue_postgres.MIGRATIONS)]
     parts.append("-- While a queue has a limit\n")
     parts += [sent(sql) for sql in (*pqueue_postgres.START_COUNTING, *pqueue_postgres.RECOUNT)]
     parts.append("-- Statements that all backends share\n")
     for name, sql in SHARED.items():
-        parts.append(shown(name, [ABOUT.get(name, ""), WHY[name] if sql in POSTGRES else ""], sql))
+        parts.append(shown(name, [ABOUT.get(name, ""), f"differs because {WHY[sql]}" if sql in WHY else ""], sql))
     parts.append("-- Statements that only PostgreSQL has\n")
-    parts += [shown(name, [WHY.get(name, "")], sql) for name, sql in OWN.items()]
+    parts += [shown(name, [OWN_ABOUT.get(name, "")], sql) for name, sql in OWN.items()]
+    alone = {name: pqueue_postgres.ALONE[SHARED[name]] for name in ("ENQUEUE", "ENQUEUE_MANY")}
+    parts += [shown(f"{name} as its own transaction", [], sql) for name, sql in alone.items()]
+    parts += [shown(f"HEALTH: {name}", [], sql) for name, sql in pqueue_postgres.HEALTH.items()]
     parts += [shown(name, [about], sql) for name, (about, sql) in BUILT.items()]
     return "\n".join(parts)
 
@@ -135,11 +138,7 @@ def test_table_holds_shared_statements_that_differ():
 def test_statement_for_postgresql_has_the_parameters_and_columns_of_the_shared_one(name):
     ours, shared = POSTGRES[SHARED[name]], SHARED[name]
     assert set(NAMED.findall(ours)) == set(NAMED.findall(shared))
-    assert columns(ours) == (["id"] if RETURNS.search(WHY[name]) else columns(shared))
-
-
-def test_statement_for_postgresql_says_why_it_differs():
-    assert [name for name in DIFFERING if not WHY[name].startswith("differs because ")] == []
+    assert columns(ours) == (["id"] if WHY[shared].endswith(RETURNS) else columns(shared))
 
 
 @pytest.mark.parametrize("module", [pqueue_schema, pqueue_postgres], ids=lambda module: module.__name__)
