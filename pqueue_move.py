@@ -62,7 +62,6 @@ COPIED_GROUPS = {
     "group_starts": "queue, name, n, at",
 }
 COPIED_ROWS = tuple(table for table in COPIED if table != "outcomes")  # that are worth reporting
-BY_JOB = ("history", "dependencies")  # tables with rows of jobs
 NAMED_TABLES = ("queues", "schedules", "handlers")  # small ones whose key is a name
 PAGE = 1000  # rows
 # The columns by which a job is compared with its copy: all but the long ones, which do not change alone
@@ -138,8 +137,7 @@ class Moving(Operating):
                 # guard: a partial copy that is used is left alone
                 _expect_unused(copy)
                 _write(copy, "jobs", rows)
-                for table in BY_JOB:
-                    _write(copy, table, self._read(_select(table, "job_id", [row[0] for row in rows])))
+                _write(copy, "history", self._read(_select("history", "job_id", [row[0] for row in rows])))
                 target._reset_ids(copy)  # if somebody uses it
             copied += len(rows)
             if progress:
@@ -295,7 +293,7 @@ def _expect_unused(copy: Session) -> None:
 
 def _copy_rows(source: Session, copy: Session, progress: Callable[[int], None] | None) -> dict[str, int]:
     """Copy and compare the tables; return the number of rows of each."""
-    for table in (*NAMED_TABLES, "outcomes"):
+    for table in (*NAMED_TABLES, "dependencies", "outcomes"):
         copy.change(f"DELETE FROM {table}")
     copy.change(FORGET_OPERATIONS)
     missing = _update_partial_copy(source, copy) if copy.run(PARTIAL) else None
@@ -365,7 +363,7 @@ def _update_partial_copy(source: Session, copy: Session) -> list[int]:
         # guard: a job that changed is copied again
         same = {row[0] for row in rows if there.get(row[0]) == tuple(row)}
         for ids in _in_pages(sorted(there.keys() - same)):
-            for table, column in (*((table, "job_id") for table in BY_JOB), ("jobs", "id")):
+            for table, column in (("history", "job_id"), ("jobs", "id")):
                 copy.change(f"DELETE FROM {table} WHERE {column} IN ({', '.join(map(str, ids))})")
         missing += [row[0] for row in rows if row[0] not in same]
         low = high

@@ -3111,6 +3111,19 @@ class QueueContract:
         self.assertEqual(target.list_jobs(), queue.list_jobs())
         self.assertEqual(target.enqueue("t", key="k"), 1)
 
+    def test_partial_copy_leaves_what_jobs_wait_for_to_the_move(self):
+        queue, target = self.queue, self.target()
+        first = queue.enqueue("t")
+        queue.enqueue("t", after=[queue.enqueue("t", after=[first])])
+        for _ in range(2):
+            queue.complete(queue.dequeue("w"))
+        self.assertEqual(queue.copy_finished_to(target), 2)
+        queue.begin_move(target.name)
+        queue.move_to(target)
+        read = "SELECT id, job_id, parent_id, after_failed FROM dependencies ORDER BY id"
+        self.assertEqual([tuple(row) for row in target._read(read)], [tuple(row) for row in queue._read(read)])
+        self.assertEqual(target.list_jobs(), queue.list_jobs())
+
     def test_partial_copy_is_continued_and_forgotten(self):
         queue, target = self.queue, self.target()
         self.fill_with_finished_jobs(5)
