@@ -211,19 +211,20 @@ class DatabaseFiles:
         self._folder = os.fsencode(path.parent)
         self._names = [os.fsencode(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")]
         self._opened = self._identities()
-        self._flags: list[tuple[int, int]] = []  # of each descriptor; few other files have those that SQLite uses
-        for number in own_descriptors() - before if before and fcntl else ():
+        self._descriptors: list[int] = []
+        for number in own_descriptors() - before if before else ():
             with suppress(OSError):  # another thread has closed it
                 if os.fstat(number)[1:3] in self._opened:
-                    self._flags.append((number, fcntl.fcntl(number, fcntl.F_GETFL)))
+                    os.set_blocking(number, False)  # a mark: on a file it has no effect
+                    self._descriptors.append(number)
         self._changed_ns = 0  # st_mtime of the folder when all files were last found in place
         self._folder_identity: tuple[int, ...] = ()
 
     def are_open(self) -> bool:
         """Return False if a descriptor was closed by other code: what is written might reach another file."""
         try:
-            for number, flags in self._flags:
-                if fcntl.fcntl(number, fcntl.F_GETFL) != flags:
+            for number in self._descriptors:
+                if os.get_blocking(number):
                     return False
         except OSError:  # it is closed
             return False
@@ -326,8 +327,7 @@ def open_own(path: str | os.PathLike[str], flags: int, folder: int | None = None
 
 
 def open_private(path: Path) -> int:
-    # O_NONBLOCK, which has no effect on a file, tells it from those of SQLite: see DatabaseFiles.are_open
-    file = open_own(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    file = open_own(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
     share_as_folder(file, path.parent)
     return file
 
