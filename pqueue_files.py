@@ -211,12 +211,14 @@ class DatabaseFiles:
         self._folder = os.fsencode(path.parent)
         self._names = [os.fsencode(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")]
         self._opened = self._identities()
-        self._descriptors: list[int] = []
+        opened: dict[tuple[int, int], list[int]] = {each: [] for each in self._opened}
         for number in own_descriptors() - before if before else ():
-            with suppress(OSError):  # another thread has closed it
-                if os.fstat(number)[1:3] in self._opened:
-                    os.set_blocking(number, False)  # a mark: on a file it has no effect
-                    self._descriptors.append(number)
+            with suppress(OSError, KeyError):  # closed, or of another file
+                opened[os.fstat(number)[1:3]].append(number)
+        # Of two, one belongs to a connection that another thread has opened for itself.
+        self._descriptors = [numbers[0] for numbers in opened.values() if len(numbers) == 1]
+        for number in self._descriptors:
+            os.set_blocking(number, False)  # a mark: on a file it has no effect
         self._changed_ns = 0  # st_mtime of the folder when all files were last found in place
         self._folder_identity: tuple[int, ...] = ()
 

@@ -7488,6 +7488,22 @@ os._exit(0)
                     other = self.path.parent / "other"
                     self.assertEqual(other.read_bytes() if other.exists() else b"", b"")
 
+    def test_thread_that_opens_the_database_meanwhile_may_close_it(self):
+        connect = sqlite3.connect
+        own = []
+
+        def connect_twice(*args, **options):
+            own.append(connect(self.path))
+            own[-1].execute("PRAGMA user_version").fetchall()
+            return connect(*args, **options)
+
+        queue = self.open()
+        with mock.patch("sqlite3.connect", connect_twice):
+            queue.renew_connection()
+        for each in own:
+            each.close()
+        self.assertEqual(queue.enqueue("t"), 1)
+
     @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_connection_that_user_code_has_closed_is_replaced_and_forgotten(self):
         queue = self.open()
