@@ -41,8 +41,8 @@ class WriterLock:
     most_seconds: how long `acquire` waits at most, if that is less.
     """
 
-    def __init__(self, folder: Path | None, most_seconds: float = LOCK_TIMEOUT_SECONDS) -> None:
-        self._seconds = min(most_seconds, LOCK_TIMEOUT_SECONDS)
+    def __init__(self, folder: Path | None, most_seconds: float = math.inf) -> None:
+        self._most_seconds = most_seconds
         self._thread = threading.Lock()
         self._closing = False
         self._closed = folder is None
@@ -56,9 +56,9 @@ class WriterLock:
 
     def acquire(self, *, in_batch: bool = False) -> bool:
         """Return whether the lock was acquired; if so, `release` must follow."""
-        until = time.monotonic() + self._seconds
-        acquired = False
-        if not self._thread.acquire(timeout=self._seconds):
+        seconds = min(self._most_seconds, LOCK_TIMEOUT_SECONDS)
+        until, acquired = time.monotonic() + seconds, False
+        if not self._thread.acquire(timeout=seconds):
             return False
         try:
             acquired = not self._closed and self._acquire(int(in_batch), until)

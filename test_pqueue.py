@@ -6577,7 +6577,7 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
                 self.assertFalse(thread.is_alive())
 
     def test_writers_in_line_are_woken_one_after_the_other(self):
-        queues = [self.open() for _ in range(3)]
+        queues = [self.open(busy_seconds=60) for _ in range(3)]
         self.let_through([lambda queue=queue: queue.enqueue("t") for queue in queues])
         self.assertEqual(queues[0].stats()["states"]["pending"], 3)
 
@@ -6598,7 +6598,7 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
         poll.assert_not_called()
 
     def test_enqueue_goes_before_a_consumer_that_came_first_when_another_consumer_leaves(self):
-        producer, consumer, taken = self.open(), self.open(), []
+        producer, consumer, taken = self.open(busy_seconds=60), self.open(busy_seconds=60), []
         producer.enqueue("t")
         consumer.dequeue("w")
         calls = [lambda: taken.append(consumer.dequeue("w")), lambda: producer.enqueue("t")]
@@ -6606,7 +6606,7 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
         self.assertEqual(taken[0].task, "t")
 
     def test_consumer_goes_before_an_enqueue_that_came_first_when_another_producer_leaves(self):
-        producer, consumer, taken = self.open(), self.open(), []
+        producer, consumer, taken = self.open(busy_seconds=60), self.open(busy_seconds=60), []
         producer.enqueue("t")
         consumer.dequeue("w")
         self.let_through([lambda: producer.enqueue("t"), lambda: taken.append(consumer.dequeue("w"))])

@@ -243,7 +243,6 @@ class Consumer:
             self._log_completed([job for job, _ in finished], lost)
             return jobs
 
-        # guard: what has finished is completed, although its worker cannot do it
         if not finished and not limit:
             return []
         return self._retry_while_busy(finished, call)

@@ -126,7 +126,6 @@ MUTANTS = [
     Mutant("no process of a task is left", "test_misbehaviour.py: killed_with_its_consumer"),
     Mutant("what a task has set on its connection is gone with it", "test_misbehaviour.py: leaves_on_its_connection and 1"),
     Mutant("a task that has lost its lease is ended while others write", "test_misbehaviour.py: database_is_locked and all-overrun-1"),
-    Mutant("what has finished is completed, although its worker cannot do it", "test_misbehaviour.py: outlives_a_worker"),
     Mutant("a worker that is stuck does not keep others from writing", "test_concurrency.py: stopped_while_it_holds and 1"),
     Mutant("what is read of a run is of one run", "test_misbehaviour.py: as_a_whole"),
     Mutant("jobs that were taken from a worker are settled, although the slow one has ended", "test_misbehaviour.py: taken_from_a_worker"),
