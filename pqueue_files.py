@@ -262,10 +262,13 @@ def replaced(path: Path) -> DatabaseReplaced:
 def deleted_but_open(path: Path) -> Iterator[str]:
     """Yield a message for each process that has a deleted file of this database open, as far as /proc shows."""
     deleted = {f"{path}{suffix} (deleted)" for suffix in ("", "-wal", "-shm")}
-    for folder in sorted(Path("/proc").glob("[1-9]*/fd"), key=lambda folder: int(folder.parent.name)):
+    processes: list[int] = []
+    with suppress(OSError):
+        processes = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+    for process in processes:
         with suppress(OSError):  # it has ended, or belongs to another account
-            if any(os.readlink(file) in deleted for file in folder.iterdir()):
-                process = folder.parent.name
+            folder = f"/proc/{process}/fd"
+            if any(os.readlink(f"{folder}/{file}") in deleted for file in os.listdir(folder)):
                 yield f"process {process} has a deleted file of this database open and cannot write to it: restart it"
 
 
