@@ -157,8 +157,9 @@ def test_claim_reads_few_pages_unless_a_long_transaction_keeps_dead_rows(queue, 
             queue.prune(0)
         admin.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         admin.execute("SELECT count(*) FROM pqueue.jobs")
-        assert 100 < work(100) < 60 + 2 * 100
-        assert 200 < work(100) < 60 + 2 * 200
+        found = [work(100), work(100)]  # fewer than dead rows if neighbours are in one page
+        assert 60 < found[0] < 60 + 2 * 100
+        assert found[0] < found[1] < 60 + 2 * 200
         admin.execute("ROLLBACK")
         assert work(1) < 60
 
