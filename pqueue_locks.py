@@ -38,11 +38,11 @@ class WriterLock:
     another process (a stopped one, for example) has held it for that long, proceeds and relies on BEGIN IMMEDIATE.
 
     folder: where its files are; None: the platform has no such locks, and it is never acquired.
-    most_seconds: how long `acquire` waits at most, if that is less.
+    most_seconds: how long `acquire` waits at most for other threads, and then for other processes, if that is less.
     """
 
     def __init__(self, folder: Path | None, most_seconds: float = math.inf) -> None:
-        self._most_seconds = most_seconds
+        self._most_seconds, self._thread_seconds = most_seconds, min(most_seconds, LOCK_TIMEOUT_SECONDS)
         self._thread = threading.Lock()
         self._closing = False
         self._closed = folder is None
@@ -56,12 +56,11 @@ class WriterLock:
 
     def acquire(self, *, in_batch: bool = False) -> bool:
         """Return whether the lock was acquired; if so, `release` must follow."""
-        seconds = min(self._most_seconds, LOCK_TIMEOUT_SECONDS)
-        until, acquired = time.monotonic() + seconds, False
-        if not self._thread.acquire(timeout=seconds):
+        acquired = False
+        if not self._thread.acquire(timeout=self._thread_seconds):
             return False
         try:
-            acquired = not self._closed and self._acquire(int(in_batch), until)
+            acquired = not self._closed and self._acquire(int(in_batch))
         finally:
             if not acquired:
                 if not self._closed:
@@ -69,10 +68,11 @@ class WriterLock:
                 self.release()
         return acquired
 
-    def _acquire(self, kind: int, until: float) -> bool:
+    def _acquire(self, kind: int) -> bool:
         self._kind, line = kind, self._lines[kind]
         if self._lock.try_acquire():
             return True
+        until = time.monotonic() + min(self._most_seconds, LOCK_TIMEOUT_SECONDS)
         in_line = line.acquire(until)  # False: a stopped process may be holding the line
         acquired = self._lock.acquire(until, kind)
         if in_line:
