@@ -393,8 +393,11 @@ class SQLiteSession(Session):
             FileLocks.close_unused()
 
     def _has_lost_files(self) -> bool:
+        """Return whether other code has closed a descriptor of the connection, which is open."""
         try:
-            return self.connection.total_changes >= 0 and self._locks is not None and self._locks.has_lost_files()
+            return self.connection.total_changes >= 0 and (
+                not self.files.are_open() or (self._locks is not None and self._locks.has_lost_files())
+            )
         except sqlite3.ProgrammingError:  # user code has closed it
             return False
 
@@ -405,12 +408,10 @@ class SQLiteSession(Session):
     def expect_files_open(self) -> None:
         """Raise DatabaseReplaced if other code has closed a descriptor of the connection."""
         # guard: a closed descriptor of the database is not written
-        if not self.files.are_open():
-            with suppress(sqlite3.ProgrammingError):  # user code has closed the connection
-                self.connection.total_changes  # noqa: B018
-                raise DatabaseReplaced(
-                    f"cannot use {self._queue.path}: other code of this process has closed its files; restart"
-                )
+        if not self.files.are_open() and self._has_lost_files():
+            raise DatabaseReplaced(
+                f"cannot use {self._queue.path}: other code of this process has closed its files; restart"
+            )
 
     def abandon(self) -> None:
         """Close the parent's connection in a forked child, or SQLite would take the parent's locks for the child's.
@@ -419,7 +420,7 @@ class SQLiteSession(Session):
         """
         if self.busy or self not in _held_for_fork or self.connection.in_transaction:
             _inherited_open.setdefault(self._queue.path, []).append(self.connection)
-        elif self._locks and self._locks.were_lost:
+        elif (self._locks and self._locks.were_lost) or not self.files.are_open():
             _never_closed.add(self.connection)
         else:
             # guard: a child closes inherited connections
@@ -506,7 +507,8 @@ class PersistentQSQLite(PersistentQInterface):
             # guard: a failed opening closes its files
             self.close()
             raise
-        _queues.add(self)
+        with _opening_lock:
+            _queues.add(self)
 
     # Opening
 
@@ -1118,7 +1120,8 @@ class PersistentQSQLite(PersistentQInterface):
     def _close(self) -> None:
         self._waits.close()
         self._closed = True
-        _queues.discard(self)
+        with _opening_lock:
+            _queues.discard(self)
         for me in self._registry.values():
             if me.slot:
                 me.slot.close()

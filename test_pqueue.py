@@ -7488,6 +7488,23 @@ os._exit(0)
                     other = self.path.parent / "other"
                     self.assertEqual(other.read_bytes() if other.exists() else b"", b"")
 
+    @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
+    def test_last_process_does_not_apply_another_file_under_the_descriptor_of_the_log(self):
+        code = """
+import os
+q.enqueue_many("t", ["x" * 3000] * 30)
+paths = {n: f"/proc/self/fd/{n}" for n in range(3, 60)}
+(log,) = [n for n, path in paths.items() if os.path.lexists(path) and os.readlink(path).endswith("-wal")]
+os.dup2(os.open(q.path.parent / "other", os.O_RDWR | os.O_CREAT), log)
+os.write(log, b"z" * 400_000)
+"""
+        for number, end in enumerate(("q.close()", "del q", "(child := os.fork()) and os.waitpid(child, 0)"), 1):
+            with self.subTest(end):
+                self.other(f"{code}{end}\nos._exit(0)")
+                queue = self.open()
+                self.assertEqual((queue.check()["problems"], queue.count_jobs()), ([], 30 * number))
+                queue.close()
+
     def test_thread_that_opens_the_database_meanwhile_may_close_it(self):
         connect = sqlite3.connect
         own = []
