@@ -82,9 +82,12 @@ SELECT name FROM queues q WHERE grouped = 1 AND max_running IS NULL AND rate_job
 
 WITHOUT_TURNS = without_turns()
 
-# Count the jobs that are processing when a queue gets a limit; in queues without one, that has no effect.
+# Count the jobs that are processing in all queues, as if each had a limit.
 # guard: a job that runs when its queue gets a limit counts
-COUNT_RUNNING = "UPDATE jobs SET counted = 1 WHERE state = 'processing'"
+COUNT_ALL_RUNNING = "UPDATE jobs SET counted = 1 WHERE state = 'processing'"
+
+# Count those of a queue that gets a limit, and lock no others.
+COUNT_RUNNING = f"{COUNT_ALL_RUNNING} AND queue = :queue"
 
 # Set the weight of a group.
 SET_WEIGHT = """
@@ -414,7 +417,7 @@ class Grouping(Backend):
             if at_once is not ...:
                 to = f"set limit of running jobs of each group of queue {queue} to {at_once or 'none'}"
                 self._set_queue(queue, to, by, now, max_running=at_once)
-                session.change(COUNT_RUNNING)
+                session.change(COUNT_RUNNING, {"queue": queue})
             if rate is not ...:
                 to = f"{jobs} in {interval(seconds)}" if seconds else "none"
                 to = f"set rate of each group of queue {queue} to {to}"

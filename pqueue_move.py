@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any, cast
 
 from pqueue_backend import Session
-from pqueue_groups import COUNT_RUNNING, LIST_GROUPS
+from pqueue_groups import COUNT_ALL_RUNNING, LIST_GROUPS
 from pqueue_operating import Operating, count_running
 from pqueue_outcomes import COUNT_COLUMNS, HOUR
 from pqueue_schedules import SCHEDULE_COLUMNS
@@ -319,7 +319,7 @@ def _copy_groups(source: Session, copy: Session) -> None:
         copy.change(f"DELETE FROM {table}")
         _insert(copy, table, columns, source.run(f"SELECT {columns} FROM {table}"))
     copy.change(LIST_GROUPS)
-    copy.change(COUNT_RUNNING)
+    copy.change(COUNT_ALL_RUNNING)
 
 
 def _write(copy: Session, table: str, rows: list[Any]) -> None:

@@ -738,7 +738,7 @@ SELECT format('pid %s waits for a lock of pid %s since %s s: %s', pid, array_to_
     floor(EXTRACT(EPOCH FROM clock_timestamp() - query_start)), {QUERY})
 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()
     AND application_name = 'pqueue' AND query_start < clock_timestamp() - make_interval(secs => {LONG_WAIT_SECONDS})""",
-    # They keep the server from removing dead rows.
+    # Old transactions keep the server from removing dead rows.
     "old transactions": f"""
 SELECT format('a transaction has been open for %s s and keeps dead rows, which slows claims: pid %s (%s, %s): %s',
     floor(EXTRACT(EPOCH FROM clock_timestamp() - xact_start)), pid, usename, state, {QUERY})
@@ -749,7 +749,7 @@ UNION ALL SELECT format('transaction %s of %s was prepared %s s ago and keeps de
     'ROLLBACK PREPARED %L or COMMIT PREPARED %L in database %s', gid, owner,
     floor(EXTRACT(EPOCH FROM clock_timestamp() - prepared)), gid, gid, database)
 FROM pg_prepared_xacts WHERE prepared < clock_timestamp() - make_interval(secs => {LONG_TRANSACTION_SECONDS})""",
-    # (to_jsonb: inactive_since exists since PostgreSQL 17.)
+    # to_jsonb, as the column inactive_since exists only since PostgreSQL 17.
     "unused slots": f"""
 SELECT format('replication slot %s is not in use%s and keeps %s of log%s: start what uses it, or run SELECT '
     'pg_drop_replication_slot(%L)', slot_name,
@@ -788,17 +788,17 @@ FROM (SELECT count(*) AS used FROM pg_stat_activity WHERE backend_type = 'client
     SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int AS most
 ) most
 WHERE used > 0.9 * most""",
-    # A listener in a long transaction causes it.
+    # A listener in a long transaction fills the queue of notifications.
     "full NOTIFY queue": """
 SELECT format('the NOTIFY queue of the server is %s %% full: end the oldest transaction of a session that listens',
     round(pg_notification_queue_usage()::numeric * 100))
 WHERE pg_notification_queue_usage() > 0.5""",
-    # As after an upgrade of the operating system: its indexes may be wrong.
+    # After an upgrade of the operating system, indexes may be in another order than the collation.
     "changed collation": """
 SELECT format('the collation has version %1$s, but the indexes were built with %2$s: run REINDEX DATABASE %3$I, then '
     'ALTER DATABASE %3$I REFRESH COLLATION VERSION', pg_database_collation_actual_version(oid), datcollversion, datname)
 FROM pg_database WHERE datname = current_database() AND datcollversion <> pg_database_collation_actual_version(oid)""",
-    # It also needs the counts of dead rows.
+    # Autovacuum does nothing without track_counts.
     "autovacuum off": f"""
 SELECT format('autovacuum is off for table %1$s: run ALTER TABLE %1$s RESET (autovacuum_enabled)', oid::regclass)
 FROM pg_class WHERE relnamespace = '{SCHEMA}'::regnamespace
@@ -806,7 +806,7 @@ FROM pg_class WHERE relnamespace = '{SCHEMA}'::regnamespace
 UNION ALL SELECT format('%1$s is off: set %1$s = on', name)
 FROM (VALUES ('autovacuum'), ('track_counts')) needed (name) WHERE current_setting(name) = 'off'""",
     "unlogged tables": NOT_LOGGED,
-    # And what lets statements do something else.
+    # Also rules, which let statements do something else.
     "hidden rows": f"""
 SELECT format('row-level security is on for table %1$s: it hides rows from all roles but the owner, without an error; '
     'run ALTER TABLE %1$s DISABLE ROW LEVEL SECURITY', oid::regclass)
@@ -822,24 +822,24 @@ FROM pg_proc p JOIN pg_class c ON relnamespace = pronamespace
     AND relname IN ('queues', 'pending_counts', 'pending_changes', 'group_events')
 WHERE pronamespace = '{SCHEMA}'::regnamespace AND prosecdef AND NOT (
     has_schema_privilege(proowner, pronamespace, 'USAGE') AND has_table_privilege(proowner, c.oid, 'UPDATE'))""",
-    # Only where no vacuum ended lately: a busy queue has as many between two.
+    # A busy queue has many dead rows between two vacuums, so only if none has ended lately.
     "dead rows": f"""
 SELECT format('table %1$s has %2$s dead rows and %3$s live ones, and no vacuum has ended for {VACUUM_SECONDS} s: '
     'run VACUUM {SCHEMA}.%1$s', relname, n_dead_tup, n_live_tup)
 {MANY_DEAD} AND coalesce(greatest(last_vacuum, last_autovacuum)
     < clock_timestamp() - make_interval(secs => {VACUUM_SECONDS}), true)""",
-    # As after a REINDEX CONCURRENTLY that failed.
+    # A REINDEX CONCURRENTLY that failed leaves an invalid index.
     "invalid indexes": f"""
 SELECT format('index %s is invalid: run REINDEX INDEX {SCHEMA}.%s', relname, relname)
 FROM pg_index JOIN pg_class c ON c.oid = indexrelid
 WHERE relnamespace = '{SCHEMA}'::regnamespace AND NOT (indisvalid AND indisready AND indislive)""",
-    # Those that count pending jobs are needed only if a queue has a limit.
+    # The triggers that count pending jobs are needed only if a queue has a limit.
     "disabled triggers": f"""
 SELECT format('trigger %s is disabled: run ALTER TABLE jobs ENABLE ALWAYS TRIGGER %s', tgname, tgname)
 FROM pg_trigger WHERE tgrelid = '{SCHEMA}.jobs'::regclass AND tgenabled NOT IN ('A', 'O')
     AND (tgname LIKE 'group%'
     OR tgname LIKE 'pending%' AND EXISTS (SELECT 1 FROM queues WHERE max_pending IS NOT NULL))""",
-    # They would give ids that are taken, as after a switch-over of logical replication.
+    # After a switch-over of logical replication, sequences may give ids that are taken.
     "sequences behind": f"""
 SELECT format('the ids of %s continue at %s, but %s is taken: run SELECT setval(''{SCHEMA}.%s'', %s)',
     name, coalesce(last_value, 0) + 1, highest, sequencename, highest)

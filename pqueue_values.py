@@ -247,8 +247,8 @@ def encode_result(result: Any) -> str | None:
 
 
 def encode_json(what: str, value: Any, form: Any = None) -> str:
-    """Return the JSON text to store: that of `form`, if the value is stored in another one. Raises ValueError, which
-    names `what`."""
+    """Return the JSON text of the value or, if given, of `form`, which holds the same values in another structure.
+    Raises ValueError, which names `what`."""
     try:
         text = to_json(value if form is None else form)
         size = len(text) if text.isascii() else len(text.encode())

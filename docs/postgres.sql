@@ -974,8 +974,8 @@ SELECT task, line, CAST(sum(number) AS bigint), CAST(sum(recent) AS bigint), CAS
     GROUP BY task, line, hour) counted
 GROUP BY task, line ORDER BY max(place) DESC LIMIT 10000;
 
--- COUNT_RUNNING
--- Count the jobs that are processing when a queue gets a limit; in queues without one, that has no effect.
+-- COUNT_ALL_RUNNING
+-- Count the jobs that are processing in all queues, as if each had a limit.
 UPDATE pqueue.jobs SET counted = 1 WHERE state = 'processing';
 
 -- LIST_GROUPS
@@ -1328,6 +1328,11 @@ UPDATE pqueue.queues SET grouped = 1 WHERE name = $1 AND grouped = 0;
 -- differs because the next claim lists groups that have new jobs
 SELECT name FROM pqueue.queues q WHERE grouped = 1 AND max_running IS NULL AND rate_jobs IS NULL
     AND NOT EXISTS (SELECT 1 FROM pqueue.queue_groups g WHERE g.queue = q.name AND next_at = 0) AND NOT EXISTS (SELECT 1 FROM pqueue.group_events e WHERE e.queue = q.name);
+
+-- COUNT_RUNNING
+-- Count those of a queue that gets a limit, and lock no others.
+-- $1 queue
+UPDATE pqueue.jobs SET counted = 1 WHERE state = 'processing' AND queue = $1;
 
 -- SET_WEIGHT
 -- Set the weight of a group.
