@@ -8,7 +8,7 @@ import stat
 import struct
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
@@ -75,10 +75,8 @@ class FileLocks:
 
     def has_lost_files(self) -> bool:
         """Return whether a descriptor of a connection was closed by other code: another file may have its number."""
-        with suppress(OSError):  # no descriptor is free to look
-            found = _count_open(self._key)
-            return found is not None and found <= self._users  # one for each connection, and that of the locks
-        return False
+        found = _count_open(self._key)
+        return found is not None and found <= self._users  # one for each connection, and that of the locks
 
     def release(self) -> None:
         """Release the locks before a connection is closed: with the last one SQLite removes the log."""
@@ -132,11 +130,10 @@ class FileLocks:
     def close_unused(cls) -> None:
         """Close unused descriptors, unless another descriptor of the same file would lose its POSIX locks."""
         for key, locks in list(cls._open.items()):
-            with suppress(OSError):  # no descriptor is free to look: keep them
-                # guard: locks of other connections are kept
-                if not locks._users and not _count_open(key, locks._files):
-                    locks.close()
-                    del cls._open[key]
+            # guard: locks of other connections are kept
+            if not locks._users and _count_open(key, locks._files) == 0:
+                locks.close()
+                del cls._open[key]
 
     @classmethod
     def abandon(cls) -> None:
@@ -164,7 +161,7 @@ def _holder(file: int, kind: int, where: tuple[int, int]) -> int:
     return 0 if found == fcntl.F_UNLCK else int(pid)
 
 
-def identity(path: str | bytes | os.PathLike[str]) -> tuple[int, int]:
+def identity(path: str | bytes | os.PathLike[str] | int) -> tuple[int, int]:
     return os.stat(path)[1:3]
 
 
@@ -176,27 +173,21 @@ def status(path: str | os.PathLike[str], *, follow_symlinks: bool = True) -> os.
         return None
 
 
-def own_descriptors() -> set[int]:
-    """Return the open descriptors of this process; none where /proc does not show them."""
-    found = set[int]()
-    with suppress(OSError):  # likewise where no descriptor is free to look
+def open_files() -> dict[int, tuple[int, int]]:
+    """Return the device and inode of each open descriptor of this process; none where /proc does not show them, or no
+    descriptor is free to look."""
+    found: dict[int, tuple[int, int]] = {}
+    with suppress(OSError):
         for number in map(int, os.listdir("/proc/self/fd")):
             with suppress(OSError):  # it listed the others
-                os.fstat(number)
-                found.add(number)
+                found[number] = identity(number)
     return found
 
 
 def _count_open(identity: tuple[int, int], excluded: Sequence[int] = ()) -> int | None:
-    """Return how many other descriptors of a file this process has; None where /proc does not show it."""
-    found = 0
-    try:
-        for number in map(int, os.listdir("/proc/self/fd")):
-            with suppress(OSError):
-                found += number not in excluded and os.fstat(number)[1:3] == identity
-    except FileNotFoundError:
-        return None
-    return found
+    """Return how many other descriptors of a file this process has; None: unknown."""
+    found = open_files()
+    return sum(each == identity for number, each in found.items() if number not in excluded) if found else None
 
 
 class DatabaseFiles:
@@ -205,16 +196,16 @@ class DatabaseFiles:
     # The resolution of st_mtime with a margin: on file systems that store whole seconds, and on others (10 ms)
     MTIME_SECONDS = (3.0, 0.03)
 
-    def __init__(self, path: Path, before: set[int]) -> None:
+    def __init__(self, path: Path, before: Collection[int]) -> None:
         """before: the descriptors of the process before SQLite opened the files."""
         self._path = path
         self._folder = os.fsencode(path.parent)
         self._names = [os.fsencode(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")]
         self._opened = self._identities()
         opened: dict[tuple[int, int], list[int]] = {each: [] for each in self._opened}
-        for number in own_descriptors() - before if before else ():
-            with suppress(OSError, KeyError):  # closed, or of another file
-                opened[os.fstat(number)[1:3]].append(number)
+        for number, file in open_files().items():
+            if before and number not in before and file in opened:
+                opened[file].append(number)
         # Of two, one belongs to a connection that another thread has opened for itself.
         self._descriptors = [numbers[0] for numbers in opened.values() if len(numbers) == 1]
         for number in self._descriptors:

@@ -40,9 +40,9 @@ from pqueue_files import (
     is_mounted,
     make_folder,
     move_into_place,
+    open_files,
     open_private,
     opening,
-    own_descriptors,
     part_of,
     real_path,
     replaced,
@@ -226,7 +226,7 @@ class SQLiteSession(Session):
         self.in_use = threading.RLock()  # held during calls into SQLite, so that no thread forks then
         self._locks: FileLocks | None = None
         with ExitStack() as undo:
-            before = own_descriptors()
+            before = open_files()
             self.connection = undo.enter_context(closing(queue._connect()))
             self.run("PRAGMA user_version")  # SQLite opens the log at the first read, and holds its locks from then on
             self.files = DatabaseFiles(queue.path, before)
