@@ -270,6 +270,7 @@ class Consumer:
             # guard: what a task has changed in a connection costs its worker only
             if not self.state or not self.taken:
                 raise
+            self._expect_sound_connection()  # again: another thread may have changed a descriptor since
             self.state.renew_connection()
             result = retry_while_busy(call, pause, consumer=self.name)
             self._must_end = True

@@ -682,6 +682,39 @@ def test_task_that_makes_the_database_unusable_costs_its_process_only(tasks, kin
     assert queue.check()["problems"] == []
 
 
+AT_THAT_MOMENT = """
+import asyncio, os, pqueue_sqlite
+from pqueue import task
+
+expect_files_open, to_change = pqueue_sqlite.SQLiteSession.expect_files_open, []
+
+def change_first(session):
+    if to_change:
+        to_change.clear()
+        for each in list(session._queue._sessions):
+            for number in each.files._descriptors: os.set_blocking(number, True)
+    expect_files_open(session)
+
+pqueue_sqlite.SQLiteSession.expect_files_open = change_first
+
+@task(max_attempts=1)
+def change(job): to_change.append("at the next write")
+
+@task(max_attempts=1)
+async def wait(job): await asyncio.sleep(0.2)
+"""
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_task_that_changes_a_descriptor_during_a_write_costs_its_process_only(tasks, concurrency):
+    tasks.write("more.py", AT_THAT_MOMENT)
+    queue = tasks.queue()
+    ids = [queue.enqueue(name) for _ in range(3) for name in ("wait", "change", "good", "good")]
+    done = drain(tasks, "--import", "more", "--concurrency", concurrency)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {(queue.get(each).state, queue.get(each).attempts) for each in ids} == {("completed", 1)}
+
+
 UNLOCKABLE = """
 import os, pqueue_locks
 from pqueue import task
