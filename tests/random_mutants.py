@@ -46,9 +46,11 @@ EXTRA_SECONDS = 30  # in addition to twice the time its tests took before, after
 # and of lines that run while a module is imported, for which of its lines.
 RECORDER = """
 'PYTEST_DONT_REWRITE'
-import os, sys, threading
+import fcntl, os, sys, threading
 from os import write  # which a test may replace
-output = os.open(os.environ["MUTANTS_RECORD"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+opened = os.open(os.environ["MUTANTS_RECORD"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+output = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 100)  # tests close lower ones
+os.close(opened)
 names, seen, importing = {}, set(), []
 
 def trace(frame, event, _):
