@@ -255,8 +255,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         Raises QueueFull when the queue holds `max_pending` pending jobs: see `limit`; JobNotFound for a job of `after`.
         """
         row = _new_job(task, queue, group, priority, delay_seconds, run_at, max_attempts, assigned_to, self._time(now))
-        if expires_at is not None or expire_seconds is not None:
-            row["expires_at"] = _expiry(expires_at, expire_seconds, row["run_at"])
+        _set_expiry(row, expires_at, expire_seconds)
         if (key, key_until, key_seconds, on_conflict) != NO_KEY:
             if key is None:
                 raise ValueError("expected a key together with key_until, key_seconds or on_conflict")
@@ -281,9 +280,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
             if not ids and (found := self._holder(session, row)):
                 # guard: the id of a job that was there is not new
                 return JobId.of_queue(self, found, is_new=False)
-            if not ids and (
-                self._add_queue(session, row) or (row["key"] and session.change(pqueue_schema.FREE_KEY, row))
-            ):
+            if not ids and (self._add_queue(session, row) or session.change(pqueue_schema.FREE_KEY, row)):
                 ids = session.insert(sql, row)
             if ids:
                 return JobId.of_queue(self, ids)
@@ -304,7 +301,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
     def _holder(self, session: Session, row: Params) -> list[int]:
         """Return the id of the job that holds the key, if any; replace that job if requested and not taken."""
-        found = session.run(pqueue_schema.WITH_KEY, row) if row["key"] else []
+        found = session.run(pqueue_schema.WITH_KEY, row)
         if found and row["replaces"]:
             session.wakes = True
             if not session.change(pqueue_schema.REPLACE, {**row, "id": found[0][0]}):
@@ -340,8 +337,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         Raises QueueFull, or ValueError for more jobs than the queue's limit.
         """
         row = _new_job(task, queue, group, priority, delay_seconds, run_at, max_attempts, assigned_to, self._time(now))
-        if expires_at is not None or expire_seconds is not None:
-            row["expires_at"] = _expiry(expires_at, expire_seconds, row["run_at"])
+        _set_expiry(row, expires_at, expire_seconds)
         found = valid_list("payloads", payloads)
         if keys is None:
             if (key_until, key_seconds, on_conflict) != NO_KEY[1:]:
@@ -514,16 +510,13 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         """Return the jobs of the rows that a claim returned, in order; fail those that Python's JSON parser cannot
         read, so that they do not block the queue."""
         jobs = [to_job(row) for row in rows]
-        if len(jobs) > 1 and not in_order:
+        if not in_order:
             jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
-        readable = []
-        for job in jobs:
-            if not isinstance(job.payload, Excerpt) and not isinstance(job.result, Excerpt):
-                readable.append(job)
-                continue
+        for job in [job for job in jobs if isinstance(job.payload, Excerpt) or isinstance(job.result, Excerpt)]:
+            jobs.remove(job)
             with suppress(LeaseLost):  # on PostgreSQL, an operator may have ended it
                 self.fail(job, UNREADABLE, retry=False, now=params["now"])
-        return readable
+        return jobs
 
     def _claim(self, session: Session, params: Params, prefetches: bool) -> list[Any]:  # noqa: ARG002
         """Lease up to :limit jobs, and return their rows."""
@@ -915,7 +908,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
         The next dequeue registers it again. Does nothing if this object has no consumer of this name.
         """
-        at = None if now is None else self._time(now)
+        at = self._time(now)
         if me := self._registry.get(valid_name("consumer", consumer)):
             self._unregister([me], at)
 
@@ -991,10 +984,13 @@ def _new_job(
     }
 
 
-def _expiry(at: float | datetime | None, seconds: float | timedelta | None, due: float) -> float:
-    if at is not None and seconds is not None:
-        raise ValueError(f"expected expires_at or expire_seconds, got both: {short(at)} and {short(seconds)}")
-    return time_of("expires_at", at) if at is not None else due + above_0("expire_seconds", seconds or 0)
+def _set_expiry(row: Params, at: float | datetime | None, seconds: float | timedelta | None) -> None:
+    if at is not None:
+        if seconds is not None:
+            raise ValueError(f"expected expires_at or expire_seconds, got both: {short(at)} and {short(seconds)}")
+        row["expires_at"] = time_of("expires_at", at)
+    elif seconds is not None:
+        row["expires_at"] = row["run_at"] + above_0("expire_seconds", seconds)
 
 
 NO_PARENTS = ((), "fail")  # the defaults of after and after_failed
