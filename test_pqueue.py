@@ -1612,7 +1612,8 @@ class QueueContract:
         jobs = self.queue.dequeue_many("w", 3, now=NOW)
         self.queue.cancel(jobs[1].id)
         following = self.queue.enqueue("t", now=NOW)
-        taken, lost = self.queue.complete_and_dequeue([(job, job.payload) for job in jobs], "w", 5, now=NOW)
+        self.queue.enqueue("t", now=NOW)
+        taken, lost = self.queue.complete_and_dequeue([(job, job.payload) for job in jobs], "w", now=NOW)
         self.assertEqual([job.id for job in taken], [following])
         self.assertEqual(lost, [jobs[1]])
         self.assertEqual([self.queue.get(job.id).result for job in jobs], [0, None, 2])
@@ -1677,6 +1678,16 @@ class QueueContract:
             for _ in range(3):
                 self.queue.dequeue("w")
         self.assertEqual(is_alive.call_count, 1)
+
+    def test_jobs_of_a_dead_consumer_are_back_however_few_at_a_time(self):
+        self.queue.enqueue_many("t", range(5))
+        self.reopen().dequeue_many("victim", 5)
+        with self.queue.transaction() as db:
+            self.execute(db, "UPDATE consumers SET state = 'dead'")
+        with mock.patch.multiple(pqueue, RECLAIM_BATCH=2, DEAD_CHECK_SECONDS=0):
+            for left in (3, 1, 0):
+                self.queue.dequeue_many("heir", 0)
+                self.assertEqual(self.queue.count_jobs(state="processing"), left)
 
     def test_consumer_gets_one_assigned_job_after_the_other(self):
         ids = [self.queue.enqueue("t", assigned_to="w", now=NOW) for _ in range(3)]
@@ -2871,8 +2882,10 @@ class QueueContract:
         self.queue.enqueue("t", now=NOW)
         self.queue.enqueue_many("t", range(2), max_attempts=1, now=NOW)
         self.queue.enqueue("t", now=NOW)
-        ids = [[job.id for job in self.queue.dequeue_many("w", 9, now=NOW)] for _ in range(4)]
-        self.assertEqual(ids, [[1], [2], [3], [4]])
+        first = self.queue.dequeue("w", now=NOW)
+        taken, _ = self.queue.complete_and_dequeue([(first, None)], "w", 9, now=NOW)
+        claims = [[first], taken, *(self.queue.dequeue_many("w", 9, now=NOW) for _ in range(2))]
+        self.assertEqual([[job.id for job in jobs] for jobs in claims], [[1], [2], [3], [4]])
 
     def test_payload_or_result_whose_keys_are_no_strings_is_refused(self):
         self.queue.enqueue("t", now=NOW)
@@ -5043,7 +5056,8 @@ class QueueContract:
     def test_registry_shows_which_consumer_holds_which_jobs(self):
         job_id = self.queue.enqueue("t", queue="q")
         self.queue.dequeue("w", queues=["q"], tasks=["u", "t"])
-        self.queue.heartbeat("w", completed=4, failed=1, now=NOW)
+        self.queue.heartbeat("w", completed=4, failed=1, now=NOW - 1)
+        self.queue.heartbeat("w", now=NOW)
         (me,) = self.queue.consumers()
         self.assertEqual(me["tasks"], ["u", "t"])
         self.assertEqual((me["name"], me["pid"], me["queues"]), ("w", os.getpid(), ["q"]))
@@ -5219,13 +5233,17 @@ class QueueContract:
     def test_waiting_consumer_wakes_when_a_job_falls_due(self):
         self.queue.enqueue("t", delay_seconds=0.05)
         self.assertTrue(self.queue.wait(PATIENCE_SECONDS, consumer="w"))
-        self.assertIsNotNone(self.queue.dequeue("w"))
+        self.queue.complete(self.queue.dequeue("w"))
+        self.queue.enqueue("t", run_at=NOW + 10, now=NOW)
+        for seconds, is_due in ((9.5, False), (10, True)):
+            self.assertEqual(self.queue.wait(0, consumer="other", now=NOW + seconds), is_due)
 
-    def test_two_threads_may_wait_under_one_name(self):
-        errors = []
+    def test_threads_may_begin_to_wait_under_one_name(self):
+        errors, barrier = [], threading.Barrier(4)
 
         def wait():
             try:
+                barrier.wait()
                 for _ in range(20):
                     self.queue.wait(0.005, consumer="w")
             except Exception as error:
@@ -5239,6 +5257,7 @@ class QueueContract:
         for thread in threads:
             thread.join()
         self.assertEqual(errors, [])
+        self.assertEqual([each["name"] for each in self.queue.consumers()], ["w"])
 
     def test_wait_ends_without_work_when_there_is_none_to_do(self):
         self.queue.enqueue("t", queue="other")
@@ -8138,9 +8157,13 @@ class Interface(unittest.TestCase):
                         self.assertTrue(inspect.getdoc(method))
 
     def test_import_of_all_public_names_needs_no_other_package(self):
-        code = "sys.modules['sqlalchemy'] = None\nfrom pqueue import *\nprint(open_queue.__name__, Job.__name__)"
-        with python(code) as child:
-            self.assertEqual(child.communicate()[0].split(), ["open_queue", "Job"])
+        names = """
+            DatabaseReplaced DoNotRetry Excerpt FINISHED Filters InvalidTransition Job JobFailed JobId JobNotFound
+            LeaseLost MAX_PAYLOAD_BYTES Outcomes PersistentQInterface PersistentQSQLite QueueBusy QueueError QueueFull
+            Retry STATES Schedule SchemaMismatch Snooze TASKS Task UNFINISHED around backoff_seconds current_job
+            current_queue is_postgres metadata open_queue run_task sqlite_path task"""
+        with python("sys.modules['sqlalchemy'] = None\nfrom pqueue import *\nprint(*dir())") as child:
+            self.assertLessEqual(set(names.split()), set(child.communicate()[0].split()))
 
 
 def resized(path: str, width: int = 200):
