@@ -35,6 +35,23 @@ SHARED_FILE_SYSTEMS = (  # prefixes of their types
 )
 
 
+class Descriptor(int):
+    """A descriptor that is kept. Other code of the process may close it, and its number then belong to another file."""
+
+    def __init__(self, number: int) -> None:
+        self._identity = identity(number)
+
+    def is_open(self) -> bool:
+        try:
+            return identity(self) == self._identity
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        if self.is_open():
+            os.close(self)
+
+
 class FileLocks:
     """Locks on the files of an open database that remain when other code of the process closes these files.
 
@@ -53,11 +70,12 @@ class FileLocks:
     def __init__(self, path: Path, key: tuple[int, int]) -> None:
         self._key, self._users = key, 0  # connections
         self.were_lost = False  # files, when this process was forked
-        self._files: list[int] = []
+        self._files: list[Descriptor] = []
         with ExitStack() as undo:
             for suffix in ("", "-shm"):
-                self._files.append(os.open(f"{path}{suffix}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
-                undo.callback(os.close, self._files[-1])
+                flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._files.append(Descriptor(os.open(f"{path}{suffix}", flags)))
+                undo.callback(self._files[-1].close)
             undo.pop_all()
 
     @classmethod
@@ -75,7 +93,7 @@ class FileLocks:
 
     def has_lost_files(self) -> bool:
         """Return whether a descriptor of a connection was closed by other code: another file may have its number."""
-        found = _count_open(self._key)
+        found = count_open(self._key)
         return found is not None and found <= self._users  # one for each connection, and that of the locks
 
     def release(self) -> None:
@@ -100,7 +118,7 @@ class FileLocks:
             return is_open, os.pread(file, 96, 0), os.fstat(file).st_nlink
 
         try:
-            if _count_open(identity(index)):
+            if count_open(identity(index)):
                 return False
             with closing_file(os.open(index, os.O_RDONLY | os.O_NOFOLLOW)) as file:
                 for _ in range(100):  # others may write to it meanwhile
@@ -131,7 +149,7 @@ class FileLocks:
         """Close unused descriptors, unless another descriptor of the same file would lose its POSIX locks."""
         for key, locks in list(cls._open.items()):
             # guard: locks of other connections are kept
-            if not locks._users and _count_open(key, locks._files) == 0:
+            if not locks._users and count_open(key, locks._files) == 0:
                 locks.close()
                 del cls._open[key]
 
@@ -145,7 +163,7 @@ class FileLocks:
 
     def close(self) -> None:
         for file in self._files:
-            os.close(file)
+            file.close()
 
 
 FLOCK = "hhqqi0q"  # struct flock
@@ -184,7 +202,7 @@ def open_files() -> dict[int, tuple[int, int]]:
     return found
 
 
-def _count_open(identity: tuple[int, int], excluded: Sequence[int] = ()) -> int | None:
+def count_open(identity: tuple[int, int], excluded: Sequence[int] = ()) -> int | None:
     """Return how many other descriptors of a file this process has; None: unknown."""
     found = open_files()
     return sum(each == identity for number, each in found.items() if number not in excluded) if found else None

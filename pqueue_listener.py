@@ -18,6 +18,7 @@ import pqueue
 from pqueue import QueueBusy, QueueError
 from pqueue_backend import Watch
 from pqueue_connections import Link, ListenLink, setting, timeout_settings
+from pqueue_files import Descriptor
 from pqueue_postgres import CHANNEL, LOCK_CLASS
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class ListenConnection:
         self._link: ListenLink | None = None
         self._stopped = False
         self._selector = selectors.DefaultSelector()
-        self._interrupt_reader, self._interrupt_writer = os.pipe()  # wakes the thread
+        self._interrupt_reader, self._interrupt_writer = map(Descriptor, os.pipe())  # wakes the thread
         self._selector.register(self._interrupt_reader, selectors.EVENT_READ)
         self._lost_at = self._made_at = -math.inf  # monotonic seconds
         self._is_new = False  # the connection is new: the consumers must be marked as running
@@ -125,7 +126,8 @@ class ListenConnection:
     def interrupt(self) -> None:
         """Wake the thread."""
         with suppress(OSError):
-            os.write(self._interrupt_writer, b"!")
+            if self._interrupt_writer.is_open():
+                os.write(self._interrupt_writer, b"!")
 
     def wait(self, seconds: float, due_in: Callable[[], float]) -> bool:
         with self._changed:
@@ -148,7 +150,7 @@ class ListenConnection:
             self._link.close()
         self._selector.close()
         for file in (self._interrupt_reader, self._interrupt_writer):
-            os.close(file)
+            file.close()
 
     def _connect(self) -> ListenLink:
         """Listen on a free connection, or on a new one. An idle consumer needs no other."""

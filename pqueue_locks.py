@@ -15,10 +15,21 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 from pqueue import POLL_SECONDS, WAIT_SECONDS
 from pqueue_backend import Watch
-from pqueue_files import closing_file, is_stopped, open_private, share_as_folder, try_lock, unlock
+from pqueue_files import (
+    Descriptor,
+    closing_file,
+    count_open,
+    identity,
+    is_stopped,
+    open_private,
+    share_as_folder,
+    try_lock,
+    unlock,
+)
 from pqueue_values import Job, QueueError
 
 LOCK_TIMEOUT_SECONDS = 1.0  # the longest wait for a lock; a process that holds one for longer is not waited for
@@ -133,14 +144,14 @@ class FairLock:
         # guard: a released lock goes to the other line
         self._order = [sorted(numbers, key=kind.__eq__) for kind in numbers]  # of waking, by the kind that releases
         with ExitStack() as opened:
-            self._file = open_private(path)
-            opened.callback(os.close, self._file)
-            mapped = opened.enter_context(_map_file(self._file, 8 * (self.WAITING_SINCE + len(kinds))))
+            self._file = Descriptor(open_private(path))
+            opened.callback(self._file.close)
+            mapped = _map_file(self._file, 8 * (self.WAITING_SINCE + len(kinds)))
             self._shared = opened.enter_context(memoryview(mapped).cast("d"))
-            self._pipes: list[int] = []
+            self._pipes: list[Descriptor] = []
             for kind in kinds:
                 self._pipes.append(_open_pipe(path.with_name(f"{path.name}{kind and '-'}{kind}.wakeup")))
-                opened.callback(os.close, self._pipes[-1])
+                opened.callback(self._pipes[-1].close)
             self._opened = opened.pop_all()
 
     def close(self) -> None:
@@ -250,12 +261,12 @@ class ConsumerLocks:
     def acquire(self) -> ConsumerLock:
         return ConsumerLock(self, *self._acquire())
 
-    def _acquire(self) -> tuple[int, int, int]:
+    def _acquire(self) -> tuple[int, Descriptor, Descriptor]:
         """Return the number of a lock, its descriptor, and that of its pipe."""
         for number in range(self.COUNT):
             with ExitStack() as undo:
-                lock = open_private(self._folder / f"{self.PREFIX}{number}.lock")
-                undo.callback(os.close, lock)
+                lock = Descriptor(open_private(self._folder / f"{self.PREFIX}{number}.lock"))
+                undo.callback(lock.close)
                 if try_lock(lock):
                     path = self._folder / f"{self.PREFIX}{number}.wakeup"
                     path.unlink(missing_ok=True)  # a former owner's may hold a wake-up
@@ -328,8 +339,7 @@ class BegunJobs:
     BYTES = 8 * (3 + MAX_JOBS)
 
     def __init__(self, file: int, token: str) -> None:
-        self._map = _map_file(file, self.BYTES)
-        self._words = memoryview(self._map).cast("Q")
+        self._words = memoryview(_map_file(file, self.BYTES)).cast("Q")
         self._claim: str | None = None
         self._words[0], self._words[2], self._words[1] = 0, 0, int(token, 16)
         self._words[0] = boot_id()
@@ -353,7 +363,6 @@ class BegunJobs:
 
     def close(self) -> None:
         self._words.release()
-        self._map.close()
 
 
 @lru_cache
@@ -368,7 +377,7 @@ def boot_id() -> int:
 class ConsumerLock:
     """The lock that shows that a consumer is alive, and the pipe that wakes it up."""
 
-    def __init__(self, locks: ConsumerLocks, number: int, lock: int, pipe: int) -> None:
+    def __init__(self, locks: ConsumerLocks, number: int, lock: Descriptor, pipe: Descriptor) -> None:
         self._locks, self.number, self._lock, self._pipe = locks, number, lock, pipe
         self.begun: BegunJobs | None = None
 
@@ -398,8 +407,8 @@ class ConsumerLock:
     def close(self) -> None:
         if self.begun:
             self.begun.close()
-        os.close(self._lock)
-        os.close(self._pipe)
+        self._lock.close()
+        self._pipe.close()
 
 
 class ResultLock(ConsumerLock, Watch):
@@ -412,32 +421,46 @@ class ResultLock(ConsumerLock, Watch):
         self.sleep(WAIT_SECONDS, lambda: 0.0 if find() else math.inf)
 
 
+class MappedFile(mmap.mmap):
+    """A mapped file. It has a descriptor of its own, which is not closed if another file may have its number by now."""
+
+    _kept: ClassVar[list[MappedFile]] = []
+
+    def __init__(self, file: int, _: int) -> None:
+        self._identity = identity(file)
+
+    def __del__(self) -> None:
+        if count_open(self._identity) == 0:
+            self._kept.append(self)
+
+
 def _map_file(file: int, size: int) -> mmap.mmap:
     """Map the first bytes of a file. Allocate them first: writing to a hole on a full disk raises SIGBUS."""
     # guard: a file that was written in part is not mapped
     if os.fstat(file).st_size < size and os.write(file, bytes(size)) < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return mmap.mmap(file, size)
+    return MappedFile(file, size)
 
 
-def _open_pipe(path: Path) -> int:
+def _open_pipe(path: Path) -> Descriptor:
     with suppress(FileExistsError):
         os.mkfifo(path, 0o600)
         os.chmod(path, 0o600)  # whatever the umask
-    pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    pipe = Descriptor(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW))
     share_as_folder(pipe, path.parent)
     if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
-        os.close(pipe)
+        pipe.close()
         raise OSError(errno.EINVAL, f"expected {path.name} to be a FIFO")
     return pipe
 
 
-def wake_up(pipe: int) -> None:
+def wake_up(pipe: Descriptor) -> None:
     with suppress(BlockingIOError):  # full: wake-ups are pending
-        os.write(pipe, b"!")
+        if pipe.is_open():
+            os.write(pipe, b"!")
 
 
-def _wait_for(pipe: int, seconds: float, *, exclusive: bool = False) -> bool:
+def _wait_for(pipe: Descriptor, seconds: float, *, exclusive: bool = False) -> bool:
     """Wait for a wake-up; return whether there was one. It wakes up all waiters, or, if exclusive, the first."""
     woken = _wait_exclusively(pipe, seconds) if exclusive else None
     if woken is None:

@@ -591,9 +591,10 @@ class PersistentQSQLite(PersistentQInterface):
             )
 
     def _open_folder(self) -> None:
-        if not has_locks() or self.is_read_only:
-            return
-        with opening(self._folder):
+        """Open the locks unless this process has: a child may close all files after the fork, to become a daemon."""
+        with _opening_lock, opening(self._folder):
+            if not has_locks() or self.is_read_only or self._closed or self._consumer_locks:
+                return
             make_folder(self._folder)
             self._writer_lock = WriterLock(self._folder, self._busy_seconds)
             self._consumer_locks = ConsumerLocks(self._folder)
@@ -750,6 +751,7 @@ class PersistentQSQLite(PersistentQInterface):
         session: SQLiteSession | None = getattr(self._local, "session", None)
         if session is None:
             with _opening_lock:
+                self._open_folder()
                 if self._closed:  # looked at under the lock: `close` closes the sessions that exist afterwards
                     raise QueueError(f"cannot use {self.path}: this queue object is closed")
                 for other in list(self._sessions):  # they may have replaced files open
@@ -865,6 +867,7 @@ class PersistentQSQLite(PersistentQInterface):
             session.change(statement)
 
     def _take_slot(self) -> ConsumerLock | None:
+        self._open_folder()
         with opening(self._folder):
             return locks.acquire() if (locks := self._consumer_locks) else None
 
@@ -902,6 +905,7 @@ class PersistentQSQLite(PersistentQInterface):
         return False
 
     def _open_watch(self) -> Watch:
+        self._open_folder()
         with opening(self._folder):
             return locks.acquire() if (locks := self._result_locks) else Watch()
 
@@ -1165,10 +1169,6 @@ class PersistentQSQLite(PersistentQInterface):
         PersistentQInterface.__init__(self)
         self._sessions, self._local = weakref.WeakSet(), threading.local()
         self._consumer_locks = self._result_locks = None
-        try:
-            self._open_folder()
-        except QueueError:
-            self.close()  # its next use raises QueueError
 
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(

@@ -6331,16 +6331,20 @@ for _ in range(20):
         with self.assertRaisesRegex(QueueError, "is closed"):
             queue.enqueue("t")
 
-    def test_child_that_cannot_reconnect_gets_an_error(self):
+    def test_child_that_cannot_reconnect_gets_an_error_until_it_can(self):
+        import resource  # not available on Windows
+
         queue = self.open()
         queue.enqueue("t")
-        with mock.patch.object(queue, "_open_folder", side_effect=QueueError("no descriptor")):
-            child = os.fork()
+        child = os.fork()
         if child == 0:
-            with suppress(QueueError):
-                queue.enqueue("never")
-                os._exit(1)
-            os._exit(0 if self.open().enqueue("by child") == 2 else 2)
+            with suppress(Exception):
+                before = resource.getrlimit(resource.RLIMIT_NOFILE)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+                self.assertRaises(QueueError, queue.enqueue, "never")
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+                os._exit(queue.enqueue("by child") != 2)
+            os._exit(1)
         self.assertEqual(os.waitpid(child, 0)[1], 0)
         self.assertEqual(queue.enqueue("by parent"), 3)
 
@@ -6373,6 +6377,45 @@ for _ in range(20):
                 queue.enqueue("t")
                 is_locked = queue.is_locked_by(os.getpid())
                 os._exit(not is_locked or files(of_consumer=True) != [] or files(of_consumer=False) != before)
+            os._exit(1)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+
+    def test_daemon_that_closes_all_descriptors_after_its_fork_gets_the_queue(self):
+        queue = self.open()
+        queue.dequeue("w")
+        first_uses = {
+            "enqueue": lambda: queue.enqueue("t"),  # job 1
+            "dequeue": lambda: queue.dequeue("child"),
+            "wait": lambda: queue.wait(0, consumer="child"),
+            "result": lambda: self.assertRaises(TimeoutError, queue.result, 1, timeout_seconds=0),
+            "check": lambda: self.assertEqual(queue.check()["problems"], []),
+            "close": queue.close,
+        }
+        for name, use in first_uses.items():
+            child = os.fork()
+            if child == 0:
+                os.closerange(3, 1000)
+                with suppress(Exception):
+                    use()
+                    os._exit(0)
+                os._exit(1)
+            with self.subTest(name):
+                self.assertEqual(os.waitpid(child, 0)[1], 0)
+        self.assertEqual(queue.count_jobs(), 1)
+
+    def test_queue_leaves_files_alone_that_took_the_numbers_of_its_descriptors(self):
+        child = os.fork()
+        if child == 0:
+            with suppress(Exception):
+                queue = self.open()
+                queue.dequeue("w")
+                os.closerange(3, 1000)
+                others = [os.open(self.folder / "other", os.O_RDWR | os.O_CREAT) for _ in range(100)]
+                for use in (functools.partial(queue.enqueue, "t"), queue.close):
+                    self.assertRaises(pqueue.DatabaseReplaced, use)
+                del use, queue
+                gc.collect()
+                os._exit({os.fstat(each).st_size for each in others} != {0})
             os._exit(1)
         self.assertEqual(os.waitpid(child, 0)[1], 0)
 
