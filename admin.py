@@ -1078,7 +1078,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(each)
         return 0
     try:
-        return dispatch(program_name("admin"), (__doc__ or "").splitlines()[0], VERSION, COMMANDS, run, arguments)
+        return dispatch(program_name("admin"), (__doc__ or "").partition("\n")[0], VERSION, COMMANDS, run, arguments)
     except (UsageError, ValueError) as error:  # a UsageError names options already
         names = {} if isinstance(error, UsageError) else OPTION_OF
         print_error("admin", ARGUMENT.sub(lambda found: names.get(found[0], found[0]), str(error)))

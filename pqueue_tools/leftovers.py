@@ -196,7 +196,7 @@ def _settings(folder: int | None) -> Iterator[Setting]:
 
 def thread_settings(files: Collection[int] = ()) -> Iterator[Setting]:
     """Yield the settings of the calling thread, which must also compare and restore them. files: its descriptors."""
-    files = [each for each in files if _identity(each)]
+    files = [each for each in files if _identity(each) and _is_socket(each)]  # not what other threads open meanwhile
     yield Setting("flags of descriptors", lambda: [(each, *_flags(each)) for each in files], _set_all_flags)
     mask = partial(signal.pthread_sigmask, signal.SIG_BLOCK, ()), partial(signal.pthread_sigmask, signal.SIG_SETMASK)
     yield Setting("the signal mask", *mask)

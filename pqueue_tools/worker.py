@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import pqueue
-from pqueue import Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError
+from pqueue import DatabaseReplaced, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError
 from pqueue_backend import Registration
 from pqueue_groups import claim_filter
 from pqueue_tools import file_task, leases, processes, termination
@@ -270,7 +270,8 @@ class Consumer:
             # guard: what a task has changed in a connection costs its worker only
             if not self.state or not self.taken:
                 raise
-            self._expect_sound_connection()  # again: another thread may have changed a descriptor since
+            if isinstance(error, DatabaseReplaced):  # another thread may have changed a descriptor since
+                self._expect_sound_connection()
             self.state.renew_connection()
             result = retry_while_busy(call, pause, consumer=self.name)
             self._must_end = True
