@@ -399,6 +399,13 @@ def test_program_names_the_variable_whose_value_it_refuses_and_no_other(place, p
     assert re.findall("PQUEUE_[A-Z_]+", done.stderr) == [variable]
 
 
+@pytest.mark.parametrize("program", ["admin.py", "consumer.py", "manager.py", "ops.py", "producer.py"])
+def test_program_that_runs_without_docstrings_explains_its_options(place, program):
+    done = place.run(program, "--help", PYTHONOPTIMIZE="2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"usage: {program}" in done.stdout
+
+
 def test_drain_of_a_queue_that_never_had_a_job_says_so(place):
     place.queue().enqueue("prepend_timestamp", {}, queue="mail")
     place.queue().pause("mail")
