@@ -213,18 +213,16 @@ TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND
 class SQLiteSession(Session):
     """One thread's connection. Its transactions hold the writer lock if they can."""
 
+    wanted: str  # `synchronous` of the next transaction, "FULL" or "NORMAL"
+    in_batch: bool  # whether that is a consumer's
+    was_lent = False  # to user code
+    _synchronous = ""  # of the connection
+    _has_lock = _closed = False
+    _locks: FileLocks | None = None
+
     def __init__(self, queue: PersistentQSQLite) -> None:
         self._queue = queue
-        self._has_lock = False
-        self.busy = self._closed = False
-        self._synchronous = ""
-        self.wanted = "FULL"
-        self.in_batch = False
-        self.runs_user_code = False  # inside `transaction`
-        self._owner: FrameType | None = None  # of the function whose block the transaction is
-        self.was_lent = False  # to user code
         self.in_use = threading.RLock()  # held during calls into SQLite, so that no thread forks then
-        self._locks: FileLocks | None = None
         with ExitStack() as undo:
             before = open_files()
             self.connection = undo.enter_context(closing(queue._connect()))
@@ -292,8 +290,8 @@ class SQLiteSession(Session):
         if self.busy:
             raise QueueError("cannot use the queue in a signal handler that interrupted it: set a flag there")
         self.in_use.acquire()
-        self._owner = sys._getframe(2)
-        self.busy, self.runs_user_code = True, False
+        self._owner: FrameType | None = sys._getframe(2)  # of the function whose block the transaction is
+        self.busy, self.runs_user_code = True, False  # inside `transaction`
         try:
             self._expect_open()
             self.expect_files_open()
@@ -338,12 +336,10 @@ class SQLiteSession(Session):
 
     def _cleanup(self) -> None:
         try:
-            if not self.has_ended:
-                self._roll_back()
+            self._roll_back()
         finally:
-            if not self.has_ended:  # a signal handler interrupted it; an open transaction would block all writers
-                # guard: an interrupted call is rolled back
-                self._roll_back()
+            # guard: an interrupted call is rolled back
+            self._roll_back()  # a signal handler interrupted it; an open transaction would block all writers
             if self._has_lock:
                 # guard: a failed call releases the lock
                 self._queue._writer_lock.release()
@@ -364,8 +360,9 @@ class SQLiteSession(Session):
             self._cleanup()
 
     def _roll_back(self) -> None:
-        with suppress(sqlite3.Error):
-            self.connection.execute("ROLLBACK")
+        if not self.has_ended:
+            with suppress(sqlite3.Error):
+                self.connection.execute("ROLLBACK")
 
     def close(self) -> None:
         """Close the connection, if need be after the current call of its thread: during one SQLite would crash."""
@@ -395,11 +392,10 @@ class SQLiteSession(Session):
     def _has_lost_files(self) -> bool:
         """Return whether other code has closed a descriptor of the connection, which is open."""
         try:
-            return self.connection.total_changes >= 0 and (
-                not self.files.are_open() or (self._locks is not None and self._locks.has_lost_files())
-            )
+            self.connection.cursor()
         except sqlite3.ProgrammingError:  # user code has closed it
             return False
+        return not self.files.are_open() or (self._locks is not None and self._locks.has_lost_files())
 
     def _expect_open(self) -> None:
         if self._closed:
@@ -425,7 +421,7 @@ class SQLiteSession(Session):
         else:
             # guard: a child closes inherited connections
             self.connection.close()
-        self._locks, self._has_lock = None, False
+        self._locks = None
         self.connection = cast(sqlite3.Connection, ClosedInFork())
 
     def __del__(self) -> None:
@@ -490,7 +486,6 @@ class PersistentQSQLite(PersistentQInterface):
         self._writer_lock = WriterLock(None)
         self._consumer_locks: ConsumerLocks | None = None
         self._result_locks: ResultLocks | None = None
-        self.is_read_only = False  # the file system is
         self._database: tuple[int, int] | None = None  # device and inode of the open file
         self._closed = False
         with opening(self.path):
@@ -523,6 +518,7 @@ class PersistentQSQLite(PersistentQInterface):
             self._expect_own_file()
         if not create and not (found and found.st_size):
             raise no_queue(self.path)
+        # whether the file system is
         self.is_read_only = bool(found and hasattr(os, "statvfs") and os.statvfs(self.path).f_flag & os.ST_RDONLY)
         if self.is_read_only:
             self._expect_readable_log()
@@ -722,7 +718,7 @@ class PersistentQSQLite(PersistentQInterface):
     def _error(self, error: sqlite3.Error) -> QueueError:
         text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote names from the file
         name = getattr(error, "sqlite_errorname", "")  # since Python 3.11
-        if "locked" in text or "busy" in text:
+        if "locked" in text:
             held = f"another writer held it for {self._busy_seconds:g} s"
             if name == "SQLITE_BUSY_SNAPSHOT":
                 held = "another writer has committed since the transaction read: roll back, and execute BEGIN IMMEDIATE"
@@ -1135,8 +1131,6 @@ class PersistentQSQLite(PersistentQInterface):
         for session in sessions:
             session.close()
         self._local = threading.local()
-        with _opening_lock:
-            FileLocks.close_unused()
         self._writer_lock.close()
         self._consumer_locks = self._result_locks = None  # the writer lock closes itself when its holder releases it
 

@@ -6979,7 +6979,7 @@ class Files(SQLiteCase):
         queue = self.open()
         for message, expected in {
             "database is locked": "QueueBusy: cannot use .*: another writer held it for 5 s",
-            "database table is busy": "QueueBusy: cannot use .*: another writer held it for 5 s",
+            "database table is locked": "QueueBusy: cannot use .*: another writer held it for 5 s",
             "database or disk is full": "QueueFull: cannot write to .*: its disk is full",
             "disk image is malformed": "QueueError: cannot use .*: it is damaged .*: stop all .* restore",
             "file is not a database": "SchemaMismatch: cannot use .*: expected an SQLite database, got another file",
@@ -7066,6 +7066,7 @@ class Files(SQLiteCase):
             db.execute("BEGIN IMMEDIATE")
             with self.assertRaisesRegex(QueueBusy, "another writer held it"):
                 queue.enqueue("t")
+            self.assertEqual(self.open(busy_seconds=0).count_jobs(), 0)  # who only looks waits for nobody
             db.execute("ROLLBACK")
         self.assertEqual(queue.enqueue("t"), 1)
 
@@ -7089,6 +7090,11 @@ class Files(SQLiteCase):
             self.assertEqual(restored.check()["problems"], [])
         with self.assertRaisesRegex(QueueError, "File exists"):
             queue.backup(copy)
+        copy = self.folder / "theirs"
+        with mock.patch("pqueue_sqlite.sync", lambda _: copy.write_text("made meanwhile")):
+            with self.assertRaisesRegex(QueueError, "File exists"):
+                queue.backup(copy)
+        self.assertEqual(copy.read_text(), "made meanwhile")
 
     def test_backup_is_read_without_a_log_that_another_database_of_its_name_has_left(self):
         copy = self.folder / "copy.db"
@@ -7157,12 +7163,13 @@ class Files(SQLiteCase):
     def test_check_reports_problems_of_the_location(self):
         queue = self.open()
         queue.enqueue("t")
+        log_bytes = queue.check()["wal_bytes"]
         cases = {
             "the file system fuse.odd is not known to be local: .*use a local disk": mock.patch(
                 "pqueue_sqlite.file_system", return_value="fuse.odd"
             ),
             "the write-ahead log has grown to [0-9]+ MB: some program holds a read open": mock.patch(
-                "pqueue_sqlite.WAL_BYTES", 1
+                "pqueue_sqlite.WAL_BYTES", log_bytes // 2 - 1
             ),
             "the disk has only [0-9]+ MB left: free some, before writes fail": mock.patch(
                 "pqueue_sqlite.LEAST_FREE_BYTES", 2**70
@@ -7172,6 +7179,8 @@ class Files(SQLiteCase):
             with self.subTest(sentence), cause:
                 (problem,) = queue.check()["problems"]
                 self.assertRegex(problem, f"^{sentence}$")
+        with mock.patch("pqueue_sqlite.WAL_BYTES", log_bytes // 2):
+            self.assertEqual(queue.check()["problems"], [])
         self.path.chmod(0o604)
         self.assertEqual(
             queue.check()["problems"], [f"every account of this machine may use it: run chmod o= {self.path}"]
@@ -7181,6 +7190,7 @@ class Files(SQLiteCase):
 
     def test_check_of_a_queue_that_cannot_be_written_says_so(self):
         self.open().close()
+        shutil.rmtree(f"{self.path}.d")
         with mock.patch("os.statvfs", return_value=mock.Mock(f_flag=os.ST_RDONLY)):
             queue = self.open()
         self.assertEqual(
@@ -7188,7 +7198,7 @@ class Files(SQLiteCase):
         )
         with self.assertRaisesRegex(QueueError, "cannot write to .*: its file system is read-only"):
             queue.enqueue("t")
-        self.assertEqual({path.name for path in self.folder.iterdir()}, {"queue.db", "queue.db.d"})
+        self.assertEqual(list(self.folder.iterdir()), [self.path])
 
     def test_queue_on_a_read_only_file_system_is_refused_if_its_log_has_no_index(self):
         self.open().close()
@@ -7246,6 +7256,21 @@ class Files(SQLiteCase):
                         self.assertNotRegex(plan, rf"({read}) (jobs|history{others})\b(?! USING)")
                         if name in ("CLAIM", "NEXT_EVENT", "FIRST_JOBS", "NEXT_OF_TASK"):
                             self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
+
+    def test_batch_of_any_size_is_completed_by_as_many_statements(self):
+        queue, numbers = self.open(), []
+        for number in (2, 20):
+            at = NOW + number
+            queue.enqueue_many("t", range(number), now=at)
+            done = [(job, None) for job in queue.dequeue_many("w", number, now=at)]
+            with queue.transaction() as db:
+                statements = []
+                db.set_trace_callback(statements.append)
+                queue.complete_and_dequeue(done, "w", 0, now=at)
+                db.set_trace_callback(None)
+            numbers.append(len(statements))
+        self.assertEqual(queue.stats()["states"]["completed"], 22)
+        self.assertEqual(numbers[0], numbers[1])
 
     def test_guarantee_10_claim_takes_as_many_steps_before_many_jobs_of_other_tasks(self):
         queue, steps = self.open(durability="normal"), []
@@ -7484,7 +7509,7 @@ class Replaced(SQLiteCase):
                 subprocess.run([sys.executable, "-c", write, self.path], check=True, stderr=subprocess.DEVNULL)
             db.execute("ROLLBACK")
         db.close()
-        self.open().close()  # which also closes the descriptors that were kept for that connection
+        self.open().stats()  # which also closes the descriptors that were kept for that connection
 
     @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_process_that_has_other_files_under_its_descriptors_deletes_no_log(self):
@@ -7495,14 +7520,16 @@ with sqlite3.connect(q.path) as db: db.execute("PRAGMA wal_checkpoint").fetchall
 db.close()
 os.closerange(3, 60)
 kept = [open(q.path.parent / f"other-{n}", "w+b", buffering=0) for n in range(40)]
+for file in kept: os.set_blocking(file.fileno(), sys.argv[2] == "True")
 """
         fork = "if (child := os.fork()): os.waitpid(child, 0)\nos._exit(0)"
         queue = self.open()
         for end in ("q.close()\nos._exit(0)", "del q\nos._exit(0)", fork):
-            with self.subTest(end):
-                self.other(reuse + end)
-                queue.enqueue("t")
-        self.assertEqual((queue.check()["problems"], queue.count_jobs()), ([], 6))
+            for is_blocking in (True, False):
+                with self.subTest(end, is_blocking=is_blocking):
+                    self.other(reuse + end, is_blocking)
+                    queue.enqueue("t")
+        self.assertEqual((queue.check()["problems"], queue.count_jobs()), ([], 12))
 
     @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_writer_whose_descriptors_other_code_has_closed_acknowledges_nothing(self):
@@ -7925,13 +7952,15 @@ class Misuse(SQLiteCase):
         self.open().close()
         with self.sqlite() as connection:
             connection.execute("PRAGMA user_version = 99")
-        before = held()
-        try:
-            self.open()
-        except SchemaMismatch:  # which refers to what was opened
-            self.assertEqual(held(), before)
-        else:
-            self.fail("expected SchemaMismatch")
+        for content in (self.path.read_bytes(), b"no database" * 1000):
+            self.path.write_bytes(content)
+            before = held()
+            try:
+                self.open()
+            except SchemaMismatch:  # which refers to what was opened
+                self.assertEqual(held(), before)
+            else:
+                self.fail("expected SchemaMismatch")
 
     def test_queue_that_is_not_closed_leaves_no_lock_files_open(self):
         def lock_files():
@@ -7988,6 +8017,16 @@ class Misuse(SQLiteCase):
             db.text_factory = bytes
             self.assertEqual(db.execute("SELECT 'x'").fetchall(), [{"first": b"x"}])
         self.assertEqual(queue.get(queue.enqueue("t")).task, "t")
+
+    def test_queue_knows_whether_user_code_had_its_connection(self):
+        queue = self.open()
+        queue.enqueue("t")
+        self.assertFalse(queue.has_lent_connection)
+        with queue.transaction():
+            self.assertFalse(queue.has_lent_connection)  # it cannot be renewed there
+        self.assertTrue(queue.has_lent_connection)
+        queue.renew_connection()
+        self.assertFalse(queue.has_lent_connection)
 
     def test_queue_sees_that_user_code_has_changed_a_setting_of_its_connection(self):
         for durability in ("full", "normal"):
@@ -8152,10 +8191,13 @@ class Misuse(SQLiteCase):
         with mock.patch("pqueue_locks.FairLock.problem", lambda _: queue.close()):
             self.assertEqual(queue._writer_lock.problems(), [])
 
-    def test_session_of_a_closed_queue_is_refused(self):
+    def test_call_that_begins_while_another_thread_closes_the_queue_is_refused(self):
         queue = self.open()
         session = queue._session()
-        queue.close()
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(queue.close).result()
+        with self.assertRaisesRegex(QueueError, "this queue object is closed"):
+            session.read("SELECT 1", {})
         with self.assertRaisesRegex(QueueError, "this queue object is closed"), session:
             self.fail("it was entered")
 
