@@ -6361,6 +6361,27 @@ for _ in range(20):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
 
+    def test_child_forked_while_a_thread_waits_for_the_lock_does_not_keep_it_open(self):
+        def lock_files():
+            return sorted(re.findall(r"queue\.db\.d/\S+", "\n".join(held())))
+
+        def is_waiting():
+            return any(frame.f_code.co_name == "acquire" for frame in sys._current_frames().values())
+
+        queue = self.open()
+        before = lock_files()
+        with ThreadPoolExecutor(1) as thread:
+            self.assertTrue(queue._writer_lock.acquire())
+            waiting = thread.submit(queue._writer_lock.acquire)
+            wait_until(is_waiting)
+            child = os.fork()
+            if child == 0:
+                os._exit(lock_files() != before)
+            self.assertEqual(os.waitpid(child, 0)[1], 0)
+            queue._writer_lock.release()
+            self.assertTrue(waiting.result())
+            queue._writer_lock.release()
+
     @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_forked_child_has_locks_of_its_own_and_none_of_its_parent(self):
         def files(*, of_consumer):
