@@ -166,7 +166,7 @@ class Consumer:
     def _run(self) -> int:
         try:
             self._work()
-            if self.drain and self.taken and self._has_leftovers():  # which may have hidden jobs
+            if self.drain and self.taken and not self._must_end and self._has_leftovers():  # which may have hidden jobs
                 self._must_end = True
         except Exception as error:
             # guard: a task that makes the database unusable costs its process only
