@@ -115,13 +115,14 @@ class PostgresSession(Session):
     BEGIN is sent with the first statement, NOTIFY after the COMMIT.
     """
 
+    durable = True
+    for_application = False  # the transaction is the application's
+    is_snapshot = False  # it sees nothing that others commit
+    _begin_with: str
+    _link: Link | None = None  # from the first statement of a transaction to its end
+
     def __init__(self, queue: OnPostgres) -> None:
         self._queue = queue
-        self._link: Link | None = None  # from the first statement of a transaction to its end
-        self._begin_with = BEGIN
-        self.durable = True
-        self.for_application = False  # the transaction is the application's
-        self.is_snapshot = False  # it sees nothing that others commit
 
     @property
     def connection(self) -> sqlalchemy.Connection:
@@ -171,9 +172,8 @@ class PostgresSession(Session):
             return self.run(sql, params)
 
     def change_many(self, sql: str, rows: list[Params]) -> None:
+        """Do it in one round trip, in a transaction that has begun."""
         with self._queue._db_errors(self):
-            if self._link is None:
-                self._send_begin(self._take())
             link = cast(Link, self._link)
             text, names = translated(sql, self._queue.schema)
             with link.ours() if self.for_application else nullcontext():
@@ -184,10 +184,11 @@ class PostgresSession(Session):
         text, names = translated(sql, self._queue.schema)
         values = [params[name] for name in names]
         with self._queue._db_errors(self):
-            if self._link is not None:
-                return self._execute_next(self._link, text, values, read)
-            run = self._execute_first if self.depth else self._execute_alone
-            return run(text, values, read)
+            if self._link is None:
+                run = self._execute_first if self.depth else self._execute_alone
+                return run(text, values, read)
+            with self._link.ours() if self.for_application else nullcontext():
+                return read(self._link.cursor.execute(text, values))
 
     def _execute_alone(self, text: bytes, values: list[Any], read: Callable[[Any], Any]) -> Any:
         self.busy = True
@@ -216,16 +217,9 @@ class PostgresSession(Session):
             link.cursor.execute(text, values)
         return read(link.cursor)
 
-    def _execute_next(self, link: Link, text: bytes, values: list[Any], read: Callable[[Any], Any]) -> Any:
-        with link.ours() if self.for_application else nullcontext():
-            return read(link.cursor.execute(text, values))
-
     def _take(self) -> Link:
-        link = self._queue._pool.take(for_application=self.for_application)
-        self._link = link
-        if self.for_application and link.connection is None:
-            link.connection = self._queue._wrap(link.driver)
-        return link
+        self._link = self._queue._pool.take(for_application=self.for_application)
+        return self._link
 
     def _send_begin(self, link: Link) -> None:
         settings = self._queue._settings
@@ -239,6 +233,8 @@ class PostgresSession(Session):
         """Begin a transaction whose statements have the settings of the role."""
         with self._queue._db_errors():
             link, settings = self._take(), self._queue._settings.for_application
+            if link.connection is None:
+                link.connection = self._queue._wrap(link.driver)
             if self._queue.pooled:
                 self._send_begin(link)
                 link.send(settings)
@@ -297,7 +293,7 @@ class PostgresSession(Session):
             return
         if self.has_ended:  # by the application, whose settings may be in effect
             self._link.driver.close()
-        elif self._link.status != TransactionStatus.IDLE:
+        else:
             with suppress(psycopg.Error):
                 self._link.driver.rollback()
                 if self.for_application:
@@ -306,12 +302,11 @@ class PostgresSession(Session):
 
     def _give_back(self) -> None:
         """Return the connection to the pool, and end SQLAlchemy's view of the transaction, which ended without it."""
-        link, self._link = self._link, None
-        if link is not None:
-            if link.connection is not None:
-                with suppress(exc.SQLAlchemyError):
-                    link.connection.rollback()
-            self._queue._pool.give_back(link)
+        link, self._link = cast(Link, self._link), None
+        if link.connection is not None:
+            with suppress(exc.SQLAlchemyError):
+                link.connection.rollback()
+        self._queue._pool.give_back(link)
 
     def abandon(self) -> None:
         """Close the connection, which undoes the transaction."""
@@ -336,7 +331,7 @@ class JoinedPostgres(Joined, PostgresSession):
         self._link = Link(driver, queue._settings, pooled=True)  # whose settings stay as they are
         self._link.cursor.row_factory = psycopg.rows.tuple_row
         self._link.cursor.adapters.register_dumper(int, Int8Dumper)
-        self.for_application, self.finished = True, []
+        self.finished = []
 
     def begin(self, durability: str) -> None:
         """Expect a connection to this database that can write, and whose transaction has begun or will."""
@@ -478,7 +473,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         )
         self._listener: ListenConnection | None = None
         self._listener_lock = threading.Lock()
-        self._clock = (-CLOCK_SECONDS, 0.0)  # when it was read (monotonic), and its offset, in seconds
+        self._clock = (-math.inf, 0.0)  # when it was read (monotonic), and its offset, in seconds
         self._reset_connections()
         self.commit_seconds = 0.0  # a moving average
         self.cannot_wake = False  # the last attempt failed, and was reported
@@ -603,8 +598,7 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _error(self, error: Exception, session: PostgresSession | None) -> QueueError:  # noqa: PLR0911
         original: Any = getattr(error, "orig", None) or error
         state = getattr(original, "sqlstate", None) or ""
-        lines = str(original).strip().split("\n")
-        text = lines[0] if lines else type(original).__name__
+        text = str(original).strip().partition("\n")[0]
         if state == "23505" and original.diag.constraint_name == "jobs_key":
             return Conflict(f"cannot write to {self.name}: another writer took the key at the same moment")
         if state == pqueue_postgres.IS_FULL:
@@ -632,8 +626,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         if state == "26000" or original.diag.source_function == "RevalidateCachedQuery":
             why = "its tables were altered" if state == "0A000" else "the application removed prepared statements"
             return Conflict(f"cannot use {self.name}: {why}; try again ({text})")
-        passes = isinstance(error, (exc.OperationalError, exc.InterfaceError, psycopg.OperationalError))
-        if state[:2] == "57" or (passes and not state.startswith(LASTING_STATES)):
+        if isinstance(original, psycopg.OperationalError) and not state.startswith(LASTING_STATES):
             verb = "reach" if state[:2] in ("", "08", "57") and state != "57014" else "use"  # that one was cancelled
             return QueueBusy(f"cannot {verb} {self.name}: {text}")
         return QueueError(f"cannot use {self.name}: {text}")
@@ -879,19 +872,18 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
             self._listener.keep_listening()
             return self._listener
 
-    def _take_slot(self, reserved: int | None = None) -> ConsumerLock | None:
-        listener = self._open_listener()
-        if not listener.gets_notify:
-            return None
-        number = secrets.randbelow(2**31 - 1) if reserved is None else reserved
-        listener.acquire(number)
-        return ConsumerLock(listener, number)
+    def _take_slot(self) -> ConsumerLock | None:
+        return self._adopt_slot(self._share_slot())
 
     def _share_slot(self) -> ConsumerLock:
         return ConsumerLock(None, secrets.randbelow(2**31 - 1))
 
     def _adopt_slot(self, slot: ConsumerLock) -> ConsumerLock | None:
-        return self._take_slot(slot.number)
+        listener = self._open_listener()
+        if not listener.gets_notify:
+            return None
+        listener.acquire(slot.number)
+        return ConsumerLock(listener, slot.number)
 
     def _open_watch(self) -> pqueue_backend.Watch:
         listener = self._open_listener()
@@ -919,18 +911,16 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
 
     def _read_liveness(self) -> None:
         """Read which consumers hold their locks (None: unknown), and since when others are missing."""
-        started = float(self._read(pqueue_postgres.UPTIME, {})[0][0])
+        started = float(self._read(pqueue_postgres.UPTIME)[0][0])
         living = {int(row[0]) for row in self._read(LOCKED_SLOTS)}
         recently = started < pqueue_listener.RESTART_SECONDS or (self._listener and self._listener.was_lost_recently())
-        self._missing = {} if recently else {slot: at for slot, at in self._missing.items() if slot not in living}
+        self._missing = {slot: at for slot, at in self._missing.items() if slot not in living}
         self._liveness_at, self._living = time.monotonic(), None if recently else living
 
     def _mark_running(self) -> None:
         """Mark our consumers as running: others may have considered them dead while the connection was lost."""
-        for me in list(self._registry.values()):
-            params = {"token": me.token, "now": self._time(None)}
-            with self._transaction(durable=False) as session:
-                session.change(pqueue_postgres.MARK_RUNNING, params)
+        for me in self._registry.values():
+            self._session().change(pqueue_postgres.MARK_RUNNING, {"token": me.token, "now": self._time(None)})
 
     def _sleep(self, me: pqueue_backend.Registration, seconds: float, due_in: Callable[[], float]) -> bool:  # noqa: ARG002
         def due_at_first() -> float:  # still due after a dequeue: another transaction has locked the job
@@ -1012,16 +1002,12 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
             session.run(f"SELECT setval({sequence}, greatest(max(id), 1), coalesce(max(id) > 0, false)) FROM {table}")
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
-        expected: dict[str, Any] = dict.fromkeys(SAFE, "on")
-        expected |= {"server_encoding": "UTF8", "transaction_isolation": "read committed"}
+        expected: dict[str, Any] = {**dict.fromkeys(SAFE, "on"), "schema_version": len(pqueue_schema.MIGRATIONS)}
         facts: dict[str, Any] = {"path": self.name, "durability": self.durability, "schema_version": self._version()}
-        for name in ("server_version", "synchronous_commit", *expected):
+        for name in ("server_version", "synchronous_commit", *SAFE):
             facts[name] = self._read(f"SHOW {name}")[0][0]
         if thorough:
             facts["file_bytes"] = self._read("SELECT pg_database_size(current_database())")[0][0]
-        expected["schema_version"] = len(pqueue_schema.MIGRATIONS)
-        if self.durability == "full" and facts["synchronous_commit"] == "off":  # others differ only for standbys
-            expected["synchronous_commit"] = "on"
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
@@ -1061,12 +1047,11 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
         self._waits.close()
         if self._listener is not None:
             self._listener.stop_listening()
-        if self._registry and not self._closed:
+        if self._registry:
             self._unregister_all()
         if self._listener is not None:
             self._listener.close()
         self._pool.close()
-        self._local = threading.local()
         self._listener = None
         self._closed = True
 
@@ -1084,7 +1069,7 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
 
     def _after_fork(self) -> None:
         """Reconnect in the child: the sockets belong to the parent."""
-        _inherited.append((self._pool.disown(), self._listener, self._engine.pool))
+        _inherited.append((self._pool.disown(), self._listener))
         PersistentQInterface.__init__(self)
         self._listener, self._listener_lock = None, threading.Lock()
         self._reset_connections()

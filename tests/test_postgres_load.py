@@ -881,24 +881,6 @@ def test_check_names_what_else_keeps_dead_rows(tmp_path, monkeypatch):
         own.kill()
 
 
-@pytest.mark.parametrize(
-    ("durability", "setting", "problems"),
-    [("full", "off", ["expected synchronous_commit on, got off"]), ("full", "local", []), ("normal", "off", [])],
-)
-def test_check_expects_synced_commits_only_where_the_queue_promises_them(
-    database,  # noqa: F811
-    monkeypatch,
-    durability,
-    setting,
-    problems,
-):
-    with closing(pqueue.open_queue(database, durability=durability)) as queue:
-        read = queue._read
-        shown = {"SHOW synchronous_commit": [(setting,)]}
-        monkeypatch.setattr(queue, "_read", lambda sql, *params: shown.get(sql) or read(sql, *params))
-        assert queue.check(thorough=False)["problems"] == problems
-
-
 def test_check_names_who_holds_a_lock_that_others_wait_for(queue, database, monkeypatch):  # noqa: F811
     health = {name: sql.replace("secs => 2", "secs => 0") for name, sql in pqueue_postgres.HEALTH.items()}
     monkeypatch.setattr("pqueue_postgres.HEALTH", health)
