@@ -93,4 +93,3 @@ class Handling(Backend):
             params["payload"] = encode_json("payload", {"failed": facts})
             ((job_id,),) = session.run(ADD_HANDLER_JOB, params)
             self._attach(session, [job_id], [facts["id"]], "handle", now)
-            session.wakes = True

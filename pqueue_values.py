@@ -282,8 +282,6 @@ def encode_payloads(payloads: list[Any]) -> str:
 
 
 def _is_too_deep(text: str, value: Any) -> bool:
-    if len(text) <= 2 * MAX_JSON_DEPTH:  # each level has two brackets
-        return False
     return text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(value) > MAX_JSON_DEPTH
 
 
