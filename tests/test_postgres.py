@@ -260,6 +260,20 @@ class PostgresFiles(PostgresCase):
             second = queue.enqueue("t", key="k")
         self.assertEqual((queue.get(first).state, queue.get(second).state), ("cancelled", "pending"))
 
+    def test_job_that_ends_while_another_replaces_it_is_not_replaced(self):
+        queue, other = self.open(), self.open()
+        first = queue.enqueue("t", key="k")
+        change = pqueue_sqlalchemy.PostgresSession.change
+
+        def after_the_job_is_gone(session, sql, *params):
+            if sql == pqueue_schema.REPLACE:
+                other.cancel(first)
+            return change(session, sql, *params)
+
+        with mock.patch.object(pqueue_sqlalchemy.PostgresSession, "change", after_the_job_is_gone):
+            second = queue.enqueue("t", key="k", on_conflict="replace")
+        self.assertEqual((queue.get(first).state, queue.get(second).state), ("cancelled", "pending"))
+
     def test_statement_that_failed_in_a_transaction_is_not_committed_silently(self):
         queue = self.open()
         with self.assertRaisesRegex(QueueError, "a statement of the transaction failed"), queue.transaction() as db:
