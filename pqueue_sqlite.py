@@ -256,6 +256,9 @@ class SQLiteSession(Session):
             try:
                 self._expect_open()
                 return self.run(sql, params)
+            except QueueError:
+                self.expect_files_open()  # it may have read another file
+                raise
             finally:
                 if self._closed:
                     self._disconnect()

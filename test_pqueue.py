@@ -7583,6 +7583,8 @@ def say(call):
     except Exception as error: print(type(error).__name__)
 """
         calls = """
+try: print(q.get(1).id)
+except Exception as error: print(type(error).__name__)
 say(lambda: q.enqueue("lost"))
 thread = threading.Thread(target=say, args=(lambda: q.enqueue("lost"),))
 thread.start()
@@ -7598,7 +7600,8 @@ os._exit(0)
             for suffix in ("", "-wal", "-shm", "all"):
                 with self.subTest(how, suffix=suffix):
                     said = self.other(reuse + calls, how, suffix).splitlines()
-                    self.assertEqual([*said[:2], said[3]], ["DatabaseReplaced"] * 3)
+                    self.assertIn(said[0], ("1", "DatabaseReplaced"))
+                    self.assertEqual([*said[1:3], said[4]], ["DatabaseReplaced"] * 3)
                     ids += [ids[-1] + 1, queue.enqueue("t")]
                     self.assertEqual([job.id for job in queue.list_jobs()], ids[::-1])
                     self.assertEqual(queue.check()["problems"], [])
