@@ -1079,6 +1079,8 @@ def _url(url: str | os.PathLike[str] | None) -> str:
         raise ValueError(f"expected a path or a URL, got {text!r}; None means $PQUEUE_URL or {DEFAULT_URL}")
     named = text or os.environ.get("PQUEUE_URL") or DEFAULT_URL
     is_path = isinstance(url, os.PathLike)
+    if not is_path and (typed := re.match(r"\s*((?:sqlite|postgres)[\w+]*)//", named)):
+        raise ValueError(f"expected a path or a URL such as {typed[1]}://…, got {typed[1]}//…")
     if not is_path and re.match(r"\s*(host|hostaddr|port|dbname|user|password|service|sslmode)\s*=", named):
         raise ValueError(
             "expected a path or a URL such as postgresql://USER@HOST:PORT/DATABASE, got a connection string of libpq"

@@ -596,6 +596,11 @@ def test_option_that_can_never_work_is_an_error_that_says_so(database, parameter
         ("postgresql://u:hunter2@h/d?max_connections=1", "max_connections of at least 2"),
         ("host=127.0.0.1 dbname=shop password=hunter2", "expected a path or a URL .* got a connection string of libpq"),
         ("dbname=shop", "connection string of libpq"),
+        (
+            "postgresql//worker:hunter2@127.0.0.1/shop",
+            "expected a path or a URL such as postgresql://…, got postgresql//…",
+        ),
+        ("sqlite//queue.db", "got sqlite//…"),
     ],
 )
 def test_url_that_can_never_work_is_an_error_that_says_so(url, message):
