@@ -917,6 +917,12 @@ def drift(model: list[Part], found: list[Part], schema: str, *, has_limits: bool
         else:
             expected = f": expected {text}, got {got}" if kind == "column" else ""
             problems.append(f"{what} was changed{expected}: replace it by what docs/postgres.sql shows")
+    problems += [
+        f"trigger {name} of table {table} is not ours, and may drop or change rows: run DROP TRIGGER {name} ON "
+        f"{names_in(schema)[SCHEMA]}.{table}"
+        for (kind, table, name), text in there.items()
+        if kind == "trigger" and " BEFORE " in text
+    ]
     return problems + [
         f"column {name} of table {table} needs a value, so that no row can be inserted: run ALTER TABLE "
         f"{names_in(schema)[SCHEMA]}.{table} ALTER COLUMN {name} DROP NOT NULL"

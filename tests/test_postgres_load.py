@@ -543,6 +543,11 @@ DRIFT = [
         "FOR EACH ROW EXECUTE FUNCTION pqueue.note_group()",
         "trigger group_delete of table jobs was changed",
     ),
+    (
+        "CREATE TRIGGER spy BEFORE UPDATE ON pqueue.jobs FOR EACH ROW "
+        "EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+        "trigger spy of table jobs is not ours, and may drop or change rows: run DROP TRIGGER spy ON pqueue.jobs",
+    ),
     ("DROP TRIGGER pending_insert ON pqueue.jobs", "trigger pending_insert of table jobs is missing"),
     ("ALTER FUNCTION pqueue.note_group SECURITY INVOKER", "function note_group was changed: replace it by what docs"),
     ("ALTER FUNCTION pqueue.count_pending STABLE", "function count_pending was changed"),
