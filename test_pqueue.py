@@ -1677,7 +1677,11 @@ class QueueContract:
         with mock.patch.object(self.queue, "_is_alive", return_value=True) as is_alive:
             for _ in range(3):
                 self.queue.dequeue("w")
-        self.assertEqual(is_alive.call_count, 1)
+            self.assertEqual(is_alive.call_count, 1)
+            clock = time.monotonic
+            with mock.patch("time.monotonic", lambda: clock() + 1):
+                self.queue.dequeue("w")
+            self.assertEqual(is_alive.call_count, 2)
 
     def test_jobs_of_a_dead_consumer_are_back_however_few_at_a_time(self):
         self.queue.enqueue_many("t", range(5))
@@ -7336,6 +7340,25 @@ class Files(SQLiteCase):
         self.assertEqual([each[0] for each in steps], [1, 9, 0, 1, 1999, 0])
         self.assertLess(first_of_many[1], 1.2 * first[1] + 10)
         self.assertLess(none_of_many[1], 1.2 * none[1] + 10)
+
+    def test_heartbeat_takes_as_many_steps_however_many_jobs_were_enqueued_and_completed(self):
+        queue, times, steps = self.open(durability="normal"), itertools.count(NOW, 0.001), []
+        queue.heartbeat("w", now=NOW)
+        for number in (356, 2816):  # of all jobs, those after the last multiple of 256 are not counted yet
+            for work in (
+                lambda: queue.enqueue("t", now=NOW),
+                lambda: queue.complete(queue.dequeue("w", now=NOW), now=next(times)),
+            ):
+                for _ in range(number):
+                    work()
+                with queue.transaction() as db:
+                    counted = itertools.count()
+                    db.set_progress_handler(lambda counted=counted: next(counted) and 0, 10)
+                    queue.heartbeat("w", now=NOW)
+                    db.set_progress_handler(None, 0)
+                steps.append(next(counted))
+        self.assertLess(steps[2], 1.2 * steps[0] + 10)
+        self.assertLess(steps[3], 1.2 * steps[1] + 10)
 
     def test_queue_that_moves_to_a_file_takes_the_application_tables_along(self):
         queue, target = self.open(), self.folder / "new" / "queue.db"
