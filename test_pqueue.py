@@ -6204,8 +6204,9 @@ class Processes(SQLiteCase):
             session.in_use.release()
             child = os.fork()
             if child == 0:
-                with suppress(QueueError):
-                    os._exit(0 if queue.enqueue("by child") == 2 else 1)
+                with suppress(Exception):
+                    enqueued = ThreadPoolExecutor(1).submit(queue.enqueue, "by child")
+                    os._exit(0 if enqueued.result(PATIENCE_SECONDS) == 2 else 1)
                 os._exit(2)
             self.assertEqual(os.waitpid(child, 0)[1], 0)
 
@@ -7565,7 +7566,7 @@ class Replaced(SQLiteCase):
     @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_process_that_has_other_files_under_its_descriptors_deletes_no_log(self):
         reuse = """
-import os, sqlite3
+import gc, os, sqlite3
 q.enqueue("t")
 with sqlite3.connect(q.path) as db: db.execute("PRAGMA wal_checkpoint").fetchall()
 db.close()
@@ -7573,12 +7574,11 @@ os.closerange(3, 60)
 kept = [open(q.path.parent / f"other-{n}", "w+b", buffering=0) for n in range(40)]
 for file in kept: os.set_blocking(file.fileno(), sys.argv[2] == "True")
 """
-        fork = "if (child := os.fork()): os.waitpid(child, 0)\nos._exit(0)"
         queue = self.open()
-        for end in ("q.close()\nos._exit(0)", "del q\nos._exit(0)", fork):
+        for end in ("q.close()", "del q", "(child := os.fork()) and os.waitpid(child, 0)"):
             for is_blocking in (True, False):
                 with self.subTest(end, is_blocking=is_blocking):
-                    self.other(reuse + end, is_blocking)
+                    self.other(f"{reuse}{end}\ngc.collect()\nos._exit(0)", is_blocking)
                     queue.enqueue("t")
         self.assertEqual((queue.check()["problems"], queue.count_jobs()), ([], 12))
 
@@ -8217,6 +8217,23 @@ class Misuse(SQLiteCase):
                 self.open().dequeue("w")
             self.assertEqual(precious.read_text(), "x" * 5000)
             place.unlink()
+
+    def test_link_pipe_or_folder_in_the_place_of_a_log_is_refused(self):
+        precious = self.folder / "precious"
+        precious.write_text("x" * 5000)
+        for suffix in ("-wal", "-shm", "-journal"):
+            place = Path(f"{self.path}{suffix}")
+            for make, remove in (
+                (lambda place=place: place.symlink_to(precious), place.unlink),
+                (lambda place=place: os.mkfifo(place), place.unlink),
+                (place.mkdir, place.rmdir),
+            ):
+                make()
+                refused = f"cannot use {place}: expected a file of SQLite, got a folder, a pipe or a link"
+                with self.subTest(suffix), self.assertRaisesRegex(QueueError, refused):
+                    self.open()
+                remove()
+        self.assertEqual({path.name: path.read_text() for path in self.folder.iterdir()}, {"precious": "x" * 5000})
 
     def test_file_in_the_place_of_a_pipe_is_refused(self):
         self.open().close()
