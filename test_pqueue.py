@@ -6375,22 +6375,29 @@ for _ in range(20):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
 
-    def test_child_forked_while_a_thread_waits_for_the_lock_does_not_keep_it_open(self):
+    def test_child_forked_while_threads_wait_has_none_of_their_locks(self):
         def is_waiting():
             return any(frame.f_code.co_name == "acquire" for frame in sys._current_frames().values())
 
         queue = self.open()
-        with ThreadPoolExecutor(1) as thread:
+        job_id = queue.enqueue("t")
+        with ThreadPoolExecutor(2) as threads:
+            result = threads.submit(queue.result, job_id)
+            wait_until(lambda: queue._result_locks.waiting.find(b"\1") >= 0)
             self.assertTrue(queue._writer_lock.acquire())
-            waiting = thread.submit(queue._writer_lock.acquire)
+            waiting = threads.submit(queue._writer_lock.acquire)
             wait_until(is_waiting)
             child = os.fork()
             if child == 0:
-                os._exit("queue.db.d/" in "\n".join(held()))  # it opens its own when it uses the queue
-            self.assertEqual(os.waitpid(child, 0)[1], 0)
+                # It opens its own when it uses the queue.
+                os._exit(bool(re.search(r"queue\.db\.d/\S*(lock|wakeup|writer)", "\n".join(held()))))
+            _, status = os.waitpid(child, 0)
             queue._writer_lock.release()
             self.assertTrue(waiting.result())
             queue._writer_lock.release()
+            queue.complete(queue.dequeue("w"), 5)
+            self.assertEqual(result.result(), 5)
+        self.assertEqual(status, 0)
 
     @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_forked_child_has_locks_of_its_own_and_none_of_its_parent(self):
