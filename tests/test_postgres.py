@@ -260,6 +260,12 @@ class PostgresFiles(PostgresCase):
             second = queue.enqueue("t", key="k")
         self.assertEqual((queue.get(first).state, queue.get(second).state), ("cancelled", "pending"))
 
+    def test_consumer_that_prefetches_takes_last_attempts_alone(self):
+        queue = self.open()  # which does not show other processes what a consumer has begun
+        for group in (None, "g"):
+            queue.enqueue_many("t", range(2), group=group, max_attempts=1)
+            self.assertEqual([len(queue.dequeue_many("w", 9, prefetch=True)) for _ in range(2)], [1, 1])
+
     def test_job_that_ends_while_another_replaces_it_is_not_replaced(self):
         queue, other = self.open(), self.open()
         first = queue.enqueue("t", key="k")
