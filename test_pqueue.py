@@ -1919,13 +1919,11 @@ class QueueContract:
     # Results
 
     def without_timers(self):
-        """Let nothing but a wake-up end a wait for a result, where there are wake-ups."""
-        for module in [pqueue, pqueue_locks, sys.modules.get("pqueue_listener")]:
-            for name in ("WAIT_SECONDS", "FIRST_LOOK_SECONDS"):
-                if hasattr(module, name) and not self.polls:
-                    patch = mock.patch.object(module, name, 1000.0)
-                    patch.start()
-                    self.addCleanup(patch.stop)
+        """Let nothing but a wake-up end a wait, where there are wake-ups; but one for a result on PostgreSQL."""
+        for module in () if self.polls else (pqueue, pqueue_locks):
+            patch = mock.patch.object(module, "WAIT_SECONDS", 1000.0)
+            patch.start()
+            self.addCleanup(patch.stop)
 
     def waiting(self, job_id, number=1):
         """Start threads that wait for a job; return their outcomes, once all wait."""

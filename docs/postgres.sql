@@ -223,7 +223,8 @@ CREATE INDEX dependencies_job ON pqueue.dependencies (job_id);
 
 CREATE INDEX consumers_running ON pqueue.consumers (id) WHERE state = 'running';
 
-ALTER TABLE pqueue.jobs SET (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_insert_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+ALTER TABLE pqueue.jobs SET (autovacuum_vacuum_scale_factor = 0.02,
+    autovacuum_vacuum_insert_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 
 CREATE TABLE pqueue.pending_counts (
     queue TEXT PRIMARY KEY,

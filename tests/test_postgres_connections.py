@@ -364,13 +364,14 @@ def test_connection_that_listens_is_lent_to_one_at_a_time(queue, database):
     pool.give_back(link)
 
 
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(
+    ("way", "cut"), [("alone", False), ("alone", True), ("in one statement", False), ("in a joined transaction", False)]
+)
 def test_waiter_for_a_result_is_woken_by_a_consumer_that_began_to_listen_later(
-    admin, queue, database, monkeypatch, cut
+    admin, queue, database, monkeypatch, way, cut
 ):
-    for module in (pqueue, pqueue_listener):
-        monkeypatch.setattr(module, "WAIT_SECONDS", 1000.0, raising=False)
-        monkeypatch.setattr(module, "FIRST_LOOK_SECONDS", 1000.0, raising=False)
+    monkeypatch.setattr(pqueue_listener.ResultWatch, "FIRST_SECONDS", 1000.0)  # does not look by itself
+    monkeypatch.setattr(pqueue_listener.ResultWatch, "LAST_SECONDS", 1000.0)
     monkeypatch.setattr(pqueue_listener, "AWAITED_SECONDS", 1000.0)
     job_id, found = queue.enqueue("t"), []
     waiter = threading.Thread(target=lambda: found.append(queue.result(job_id, timeout_seconds=PATIENCE_SECONDS)))
@@ -384,7 +385,14 @@ def test_waiter_for_a_result_is_woken_by_a_consumer_that_began_to_listen_later(
             pid = other._listener._link.driver.info.backend_pid
             admin.execute("SELECT pg_terminate_backend(%s)", (pid,))
             wait_until(lambda: other._listener.is_awaited)
-        other.complete(job, 7)
+        with ExitStack() as application:
+            if way == "in one statement":
+                other._dead_checked_at = math.inf
+                assert other.complete_and_dequeue([(job, 7)], "w") == ([], [])
+            else:
+                if way != "alone":
+                    application.enter_context(other.join(application.enter_context(psycopg.connect(database))))
+                other.complete(job, 7)
         waiter.join()
         assert found == [7]
 

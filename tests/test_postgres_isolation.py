@@ -720,6 +720,16 @@ def test_right_that_is_missing_to_read_the_version_is_named(database, roles):
         pqueue.open_queue(roles.add("weak", "GRANT USAGE ON SCHEMA pqueue TO {role}"), create=False)
 
 
+def test_right_that_is_missing_is_reported_though_no_connection_is_left_to_ask_which(queue, roles):
+    url = roles.add("reader", *documented("reader"), "ALTER ROLE {role} CONNECTION LIMIT 1")
+    with (
+        closing(PersistentQSQLAlchemy(url, busy_seconds=1)) as weak,
+        pytest.raises(QueueError, match="permission denied for table [a-z]+$"),
+        weak.transaction(),
+    ):
+        weak.enqueue("t")
+
+
 def test_right_that_is_missing_to_call_a_function_is_named(admin, queue, roles):
     admin.execute("REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA pqueue FROM PUBLIC")
     grants = [each for each in documented("producer") if "FUNCTION" not in each]

@@ -814,6 +814,8 @@ def test_check_names_the_transaction_that_keeps_dead_rows(queue, database, monke
         reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         reader.execute("SELECT 1")
         assert queue.check()["problems"] == []
+        reader.execute("SELECT pg_current_xact_id()")  # whose number is of all databases
+        assert len(queue.check()["problems"]) == 1
 
 
 def test_check_names_what_else_keeps_dead_rows(tmp_path, monkeypatch):
@@ -969,12 +971,18 @@ def test_check_of_a_role_that_sees_no_other_names_the_session_that_keeps_dead_ro
     pqueue.open_queue(database).close()
     sql = pqueue_postgres.HEALTH["old snapshots"].replace("ELSE 1000000 END", "ELSE 0 END")
     monkeypatch.setattr("pqueue_postgres.HEALTH", {"": sql})
-    with psycopg.connect(database) as reader, psycopg.connect(database, autocommit=True) as admin:
+    elsewhere = psycopg.conninfo.make_conninfo(database, dbname="postgres")
+    with (
+        psycopg.connect(database) as reader,
+        psycopg.connect(elsewhere) as stranger,  # which keeps no row of this database
+        psycopg.connect(database, autocommit=True) as admin,
+    ):
         admin.execute("CREATE ROLE looker LOGIN; GRANT USAGE ON SCHEMA pqueue TO looker")
         admin.execute("GRANT SELECT ON ALL TABLES IN SCHEMA pqueue TO looker")
         try:
-            reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            reader.execute("SELECT 'a report'")
+            for session in (reader, stranger):
+                session.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+                session.execute("SELECT 'a report'")
             admin.execute("INSERT INTO pqueue.handlers VALUES ('x', 'y')")
             for url, number in ((database.replace("postgres:@", "looker:@"), 1), (database, 0)):
                 with closing(pqueue.open_queue(url)) as queue:
@@ -1093,7 +1101,13 @@ def test_check_of_a_copy_finds_nothing(queue, tmp_path):
     assert queue.enqueue("t") == 4
 
 
-@pytest.mark.parametrize("within", [nullcontext, methodcaller("transaction")])
+@contextmanager
+def joined(queue):
+    with psycopg.connect(**queue._conninfo) as application, queue.join(application):
+        yield
+
+
+@pytest.mark.parametrize("within", [nullcontext, methodcaller("transaction"), joined])
 def test_idle_consumer_is_woken_though_notify_is_sent_after_the_commit(queue, database, within):  # noqa: F811
     assert queue.dequeue("w") is None
     listener = queue._open_listener()
