@@ -427,7 +427,7 @@ GROUP BY at - at % 3600, {EVENT} ORDER BY 2, 3, 4, 5, 6, 7
             f"""
     SELECT head.id FROM queues q CROSS JOIN queue_tasks t CROSS JOIN LATERAL
         (SELECT id FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT :limit) head
-    WHERE q.grouped = 0 AND {SERVED_TASKS}""",
+    WHERE {SERVED_TASKS}""",
             AMONG,
         ),
         pqueue_groups.READY: pqueue_groups.ready(f"LATERAL (SELECT * {NEXT_GROUPS} :width) g ON true"),

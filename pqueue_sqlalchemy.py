@@ -599,7 +599,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         original: Any = getattr(error, "orig", None) or error
         state = getattr(original, "sqlstate", None) or ""
         text = str(original).strip().partition("\n")[0]
-        if state == "23505" and original.diag.constraint_name == "jobs_key":
+        if original.diag.constraint_name == "jobs_key":
             return Conflict(f"cannot write to {self.name}: another writer took the key at the same moment")
         if state == pqueue_postgres.IS_FULL:
             return NoRoom(f"cannot enqueue: {text}")

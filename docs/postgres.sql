@@ -562,7 +562,7 @@ SELECT min(at) FROM (
 SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents FROM pqueue.jobs WHERE id = ANY (ARRAY(
     SELECT head.id FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t CROSS JOIN LATERAL
         (SELECT id FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT $1) head
-    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json))))
+    WHERE q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json))))
     AND t.queue = q.name AND (CAST($3 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS text), chr(10))))
     UNION ALL SELECT id FROM (
         SELECT id FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10))))
