@@ -418,6 +418,8 @@ class Consumer:
 
         from pqueue_tools.concurrency import open_transaction, watch_tasks
 
+        failed: list[BaseException] = []  # asyncio calls code of an error that it gets: its loop would not end
+
         async def main() -> Any:
             loop = asyncio.get_running_loop()
             watch_tasks(loop, bool, lambda: open_transaction(self.queue))
@@ -425,12 +427,17 @@ class Consumer:
             self._cancel = lambda reason: loop.call_soon_threadsafe(task.cancel, str(reason))
             try:
                 return await task
+            except BaseException as error:
+                failed.append(error)
             finally:
                 self._cancel = None
 
         self._interrupted = None
         try:
-            return asyncio.run(main())
+            result = asyncio.run(main())
+            if failed:
+                raise failed.pop()
+            return result
         except asyncio.CancelledError as error:
             if self._interrupted is None:
                 raise

@@ -396,6 +396,9 @@ def run_on(job): RUN_ON[job.payload]()
 @task(max_attempts=1)
 def fall(job): RAISE[job.payload]()
 
+@task(max_attempts=1)
+async def fall_async(job): RAISE[job.payload]()
+
 @task(max_attempts=1, memory_mb=200, timeout_seconds=30)
 def eat(job):
     held = []
@@ -884,6 +887,20 @@ def test_job_fails_with_the_true_reason_and_the_next_one_runs(tasks, kind, name,
     assert not re.search(r"\b(consumer|keeper|worker|pqueue_tasks)\.py", job.error), job.error
     assert queue.get(after).state == "completed"
     assert len(queue.consumers()) == 1
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_async_job_fails_with_the_same_reason_as_another(tasks, concurrency):
+    queue = tasks.queue()
+    for name in names("RAISE"):
+        queue.enqueue("fall", name)
+        queue.enqueue("fall_async", name)
+    done = drain(tasks, "--concurrency", concurrency)
+    assert done.returncode == 1, done.stderr
+    found = {(job.payload, job.task): (job.state, job.error.partition("\n")[0]) for job in queue.list_jobs()}
+    assert {name: found[name, "fall_async"] for name in names("RAISE")} == {
+        name: found[name, "fall"] for name in names("RAISE")
+    }
 
 
 FREED = """
