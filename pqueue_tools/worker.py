@@ -250,11 +250,12 @@ class Consumer:
     def _retry_while_busy(self, held: list[tuple[Job, Any]], call: Callable[[], T]) -> T | None:
         """Repeat a call while the database is locked or full. Give up if stopped, or when the leases have expired."""
         self._expect_sound_connection()
-        until = time.monotonic() + self.lease_seconds if held or self._stops else None
+        lease_end = time.monotonic() + self.lease_seconds
+        until = lease_end if held or self._stops else None
 
         def pause(seconds: float) -> bool:
             self._fields[fields.RETRIES] += 1
-            self._expect_to_hold_no_lock()
+            self._expect_to_hold_no_lock(lease_end)
             if (until and time.monotonic() > until) or (self._stops and not held) or self._stops > 1:
                 for job, _ in held:
                     log("left to its lease", consumer=self.name, job=job.id)
@@ -286,13 +287,17 @@ class Consumer:
             if self.state.is_broken:
                 self._break_off(fields.BROKEN)
 
-    def _expect_to_hold_no_lock(self) -> None:
-        """End a process in which a task has left a transaction of its own connection open, which may lock all out."""
+    def _expect_to_hold_no_lock(self, lease_end: float) -> None:
+        """End a process in which a task has left a transaction of its own connection open, which may lock all out.
+
+        While jobs run it may be theirs, until their leases have expired: no lease is extended in a locked database.
+        """
         is_running = any(slot.fields[fields.RUNNING] for slot in self.record.slots)
-        if self.is_embedded or is_running:
+        if self.is_embedded or (is_running and time.monotonic() < lease_end):
             return
-        self._has_leftovers()
-        if _other_transactions():
+        if not is_running:
+            self._has_leftovers()
+        if self.queue.is_locked_by(os.getpid()) if is_running else _other_transactions():
             self._must_end = True
             self._report_left(["an open transaction of another connection"])
             self._break_off(fields.BROKEN)

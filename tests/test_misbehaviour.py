@@ -538,7 +538,7 @@ def test_leftovers_of_a_task_that_fails_are_found_as_well(tasks):
 
 
 OPEN = """
-import asyncio, sqlite3, time
+import asyncio, os, sqlite3, time
 from pqueue import current_queue, task
 kept = []
 
@@ -573,6 +573,11 @@ def lock(job):
 @task
 def close(job):
     with current_queue() as queue: return queue.name
+
+@task
+def lock_beside(job):
+    while not os.path.exists("began"): time.sleep(0.01)
+    lock.function(job)
 """
 
 OPENED = "QueueError: the task left a transaction() open, which was rolled back"
@@ -599,6 +604,17 @@ def test_transaction_that_a_task_leaves_open_costs_its_job_only(tasks, task, err
     assert error is None or queue.get(bad).error.partition("\n")[0] == error or "cannot await" in queue.get(bad).error
     assert [(queue.get(each).state, queue.get(each).attempts) for each in good] == [("completed", 1)] * 5
     assert queue.count_jobs() == 6
+
+
+def test_transaction_that_a_task_leaves_open_beside_a_long_job_does_not_lock_others_out(tasks):
+    tasks.write("more.py", OPEN)
+    queue = tasks.queue()
+    ids = [queue.enqueue("patient", max_attempts=2), queue.enqueue("lock_beside")]
+    child = consumer(tasks, "--import", "more", "--concurrency", 2, "--lease-seconds", 2)
+    wait_until(lambda: "completed" in child.out.read_text())  # which needs the lock
+    (tasks.folder / "go-on").touch()
+    wait_until(lambda: {queue.get(each).state for each in ids} == {"completed"})
+    assert 'what="an open transaction of another connection"' in child.out.read_text()
 
 
 UNUSABLE = """
