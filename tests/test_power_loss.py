@@ -55,10 +55,11 @@ def open_queue():
     queue = pqueue.PersistentQSQLite(path, durability="normal" if durability == "off" else durability)
     queue._session().connection.execute("PRAGMA wal_autocheckpoint = 40")
     if durability == "off":
-        session = queue._session
-        def unsynced(**_):
-            session().wanted = "OFF"
-            return session()
+        transaction = queue._transaction
+        def unsynced(**options):
+            session = transaction(**options)
+            session.wanted = "OFF"
+            return session
         queue._transaction = unsynced
     return queue
 
