@@ -280,7 +280,10 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
             if not ids and (found := self._holder(session, row)):
                 # guard: the id of a job that was there is not new
                 return JobId.of_queue(self, found, is_new=False)
-            if not ids and (self._add_queue(session, row) or session.change(pqueue_schema.FREE_KEY, row)):
+            # Without a key, the statement would change nothing, but need the right to update jobs on PostgreSQL.
+            if not ids and (
+                self._add_queue(session, row) or (row["key"] and session.change(pqueue_schema.FREE_KEY, row))
+            ):
                 ids = session.insert(sql, row)
             if ids:
                 return JobId.of_queue(self, ids)
