@@ -93,7 +93,7 @@ class FileLocks:
 
     def has_lost_files(self) -> bool:
         """Return whether a descriptor of a connection was closed by other code: another file may have its number."""
-        found = count_open(self._key)
+        found = _count_open(self._key)
         return found is not None and found <= self._users  # one for each connection, and that of the locks
 
     def release(self) -> None:
@@ -118,7 +118,7 @@ class FileLocks:
             return is_open, os.pread(file, 96, 0), os.fstat(file).st_nlink
 
         try:
-            if count_open(identity(index)):
+            if _count_open(identity(index)):
                 return False
             with closing_file(os.open(index, os.O_RDONLY | os.O_NOFOLLOW)) as file:
                 for _ in range(100):  # others may write to it meanwhile
@@ -149,7 +149,7 @@ class FileLocks:
         """Close unused descriptors, unless another descriptor of the same file would lose its POSIX locks."""
         for key, locks in list(cls._open.items()):
             # guard: locks of other connections are kept
-            if not locks._users and count_open(key, locks._files) == 0:
+            if not locks._users and _count_open(key, locks._files) == 0:
                 locks.close()
                 del cls._open[key]
 
@@ -202,7 +202,7 @@ def open_files() -> dict[int, tuple[int, int]]:
     return found
 
 
-def count_open(identity: tuple[int, int], excluded: Sequence[int] = ()) -> int | None:
+def _count_open(identity: tuple[int, int], excluded: Sequence[int] = ()) -> int | None:
     """Return how many other descriptors of a file this process has; None: unknown."""
     found = open_files()
     return sum(each == identity for number, each in found.items() if number not in excluded) if found else None

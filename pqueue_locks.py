@@ -15,21 +15,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
 
 from pqueue import POLL_SECONDS, WAIT_SECONDS
 from pqueue_backend import Watch
-from pqueue_files import (
-    Descriptor,
-    closing_file,
-    count_open,
-    identity,
-    is_stopped,
-    open_private,
-    share_as_folder,
-    try_lock,
-    unlock,
-)
+from pqueue_files import Descriptor, closing_file, is_stopped, open_private, share_as_folder, try_lock, unlock
 from pqueue_values import Job, QueueError
 
 LOCK_TIMEOUT_SECONDS = 1.0  # the longest wait for a lock; a process that holds one for longer is not waited for
@@ -146,7 +135,7 @@ class FairLock:
         with ExitStack() as opened:
             self._file = Descriptor(open_private(path))
             opened.callback(self._file.close)
-            mapped = _map_file(self._file, 8 * (self.WAITING_SINCE + len(kinds)))
+            mapped = opened.enter_context(_map_file(self._file, 8 * (self.WAITING_SINCE + len(kinds))))
             self._shared = opened.enter_context(memoryview(mapped).cast("d"))
             self._pipes: list[Descriptor] = []
             for kind in kinds:
@@ -339,7 +328,8 @@ class BegunJobs:
     BYTES = 8 * (3 + MAX_JOBS)
 
     def __init__(self, file: int, token: str) -> None:
-        self._words = memoryview(_map_file(file, self.BYTES)).cast("Q")
+        self._map = _map_file(file, self.BYTES)
+        self._words = memoryview(self._map).cast("Q")
         self._claim: str | None = None
         self._words[0], self._words[2], self._words[1] = 0, 0, int(token, 16)
         self._words[0] = boot_id()
@@ -363,6 +353,7 @@ class BegunJobs:
 
     def close(self) -> None:
         self._words.release()
+        self._map.close()
 
 
 @lru_cache
@@ -421,25 +412,12 @@ class ResultLock(ConsumerLock, Watch):
         self.sleep(WAIT_SECONDS, lambda: 0.0 if find() else math.inf)
 
 
-class MappedFile(mmap.mmap):
-    """A mapped file. It has a descriptor of its own, which is not closed if another file may have its number by now."""
-
-    _kept: ClassVar[list[MappedFile]] = []
-
-    def __init__(self, file: int, _: int) -> None:
-        self._identity = identity(file)
-
-    def __del__(self) -> None:
-        if count_open(self._identity) == 0:
-            self._kept.append(self)
-
-
 def _map_file(file: int, size: int) -> mmap.mmap:
     """Map the first bytes of a file. Allocate them first: writing to a hole on a full disk raises SIGBUS."""
     # guard: a file that was written in part is not mapped
     if os.fstat(file).st_size < size and os.write(file, bytes(size)) < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return MappedFile(file, size)
+    return mmap.mmap(file, size)
 
 
 def _open_pipe(path: Path) -> Descriptor:

@@ -357,7 +357,7 @@ MUTANTS = [
     Mutant("a log that others truncate or delete in order is not missing", "contract: truncates_or_deletes_the_log", "look() == before", "True"),
     Mutant("a deleted log is not recreated", "contract: deleted_log_is_not_recreated"),
     Mutant("another database's log is refused", "contract: took_the_place"),
-    Mutant("locks of other connections are kept", "contract: leaves_the_first_one", " and count_open(key, locks._files) == 0", ""),
+    Mutant("locks of other connections are kept", "contract: leaves_the_first_one", " and _count_open(key, locks._files) == 0", ""),
     Mutant("a newer schema is refused", "contract: newer_schema"),
     Mutant("a network drive is refused", "contract: network_drive"),
     Mutant("a network drive is recognized by its last mount", "contract: last_mount", "in _mounts() if", "in _mounts()[::-1] if"),
