@@ -521,7 +521,6 @@ class PersistentQSQLite(PersistentQInterface):
             self._expect_own_file()
         if not create and not (found and found.st_size):
             raise no_queue(self.path)
-        # whether the file system is
         self.is_read_only = bool(found and hasattr(os, "statvfs") and os.statvfs(self.path).f_flag & os.ST_RDONLY)
         if self.is_read_only:
             self._expect_readable_log()

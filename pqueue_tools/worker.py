@@ -292,12 +292,14 @@ class Consumer:
 
         While jobs run it may be theirs, until their leases have expired: no lease is extended in a locked database.
         """
-        is_running = any(slot.fields[fields.RUNNING] for slot in self.record.slots)
-        if self.is_embedded or (is_running and time.monotonic() < lease_end):
+        if self.is_embedded:
             return
-        if not is_running:
+        if any(slot.fields[fields.RUNNING] for slot in self.record.slots):
+            locks_out = time.monotonic() >= lease_end and self.queue.is_locked_by(os.getpid())
+        else:
             self._has_leftovers()
-        if self.queue.is_locked_by(os.getpid()) if is_running else _other_transactions():
+            locks_out = _other_transactions()
+        if locks_out:
             self._must_end = True
             self._report_left(["an open transaction of another connection"])
             self._break_off(fields.BROKEN)
