@@ -93,7 +93,7 @@ _NOTE = """INSERT INTO pending_changes SELECT queue, number FROM pending_counts 
             (SELECT queue, sum(one) AS number FROM ({}) each GROUP BY queue) n USING (queue) WHERE number <> 0"""
 IS_FULL = "PQ001"  # SQLSTATE
 COPYING = "pqueue.copying"  # a setting that disables the limit
-FUNCTION = "LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog"
+FUNCTION = "LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp"
 AUTOVACUUM = "autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 0"
 COUNTING = [
     f"""
@@ -950,6 +950,8 @@ REPLACED |= {KNOWN.format(task=name): _KNOWN.format(task=name) for name in ("tas
 NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
 # A name of a table where a statement says which table it uses. The application's search_path must not decide that.
 USED_TABLE = re.compile(rf"\b(FROM|JOIN|INTO|UPDATE|TABLE|EXISTS|ON) ({'|'.join(TABLES)})\b(?!\.)")
+# Types that a temporary table of the application may hide, as their names are no keywords (json: before PostgreSQL 16).
+USED_TYPE = re.compile(r"(\bAS |::)(json|text)\b")
 
 
 def names_in(schema: str) -> dict[str, str]:
@@ -968,7 +970,7 @@ def translated(sql: str, schema: str = DEFAULT_SCHEMA) -> tuple[bytes, list[str]
     sql = POSTGRES.get(sql, sql)
     for shared, ours in REPLACED.items():
         sql = sql.replace(shared, ours)
-    sql = USED_TABLE.sub(rf"\1 {SCHEMA}.\2", sql)
+    sql = USED_TYPE.sub(r"\1pg_catalog.\2", USED_TABLE.sub(rf"\1 {SCHEMA}.\2", sql))
     for placeholder, name in names_in(schema).items():
         sql = sql.replace(placeholder, name)
     names = list(dict.fromkeys(NAMED.findall(sql)))

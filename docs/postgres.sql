@@ -241,7 +241,7 @@ ALTER TABLE pqueue.pending_changes REPLICA IDENTITY FULL;
 
 CREATE INDEX pending_changes_queue ON pqueue.pending_changes (queue);
 
-CREATE FUNCTION pqueue.count_pending(which TEXT) RETURNS BIGINT LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog AS $$
+CREATE FUNCTION pqueue.count_pending(which TEXT) RETURNS BIGINT LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     counted BIGINT;
     since BIGINT;
@@ -257,7 +257,7 @@ BEGIN
     RETURN counted + since;
 END $$;
 
-CREATE FUNCTION pqueue.note_pending() RETURNS TRIGGER LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog AS $$
+CREATE FUNCTION pqueue.note_pending() RETURNS TRIGGER LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     which TEXT;
     jobs BIGINT;
@@ -303,7 +303,7 @@ CREATE INDEX group_events_queue ON pqueue.group_events (queue);
 
 ALTER TABLE pqueue.queue_groups SET (autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 0);
 
-CREATE FUNCTION pqueue.note_group() RETURNS TRIGGER LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog AS $$
+CREATE FUNCTION pqueue.note_group() RETURNS TRIGGER LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF OLD.state = 'processing' THEN
         INSERT INTO pqueue.group_events VALUES (OLD.queue, OLD."group", NULL);
@@ -396,8 +396,8 @@ INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, expires_
     key_expires_at, assigned_to, meta, "group", created_at)
 SELECT name, $1, substr(value, 2, length(value) - 2), $2, $3, $4, $5, $6, $7, $8,
     $9, $10, $11, $12, $13
-FROM pqueue.queues CROSS JOIN (SELECT CAST(one AS text) AS value
-    FROM json_array_elements(CAST($14 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n) payloads
+FROM pqueue.queues CROSS JOIN (SELECT CAST(one AS pg_catalog.text) AS value
+    FROM json_array_elements(CAST($14 AS pg_catalog.json)) WITH ORDINALITY AS p (one, n) ORDER BY n) payloads
 WHERE name = $15 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $15 AND task = $1) AND ($12 = '' OR grouped = 1) AND (max_pending IS NULL OR max_pending - pqueue.count_pending(name) >= $16)
 RETURNING id),
 counted AS (
@@ -466,16 +466,16 @@ INSERT INTO pqueue.queue_tasks (queue, task) VALUES ($1, $2) ON CONFLICT DO NOTH
 WITH heads AS MATERIALIZED (
     SELECT t.queue, t.task, head.* FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t CROSS JOIN LATERAL
         (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
-    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json))))
-    AND t.queue = q.name AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json))))
+    AND t.queue = q.name AND (CAST($2 AS pg_catalog.text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10))))
     ORDER BY priority DESC, run_at, id LIMIT 17),
 first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads)
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4, lease_token = $5, lease_expires_at = CAST($6 AS double precision), started_at = CAST($7 AS double precision)
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS pg_catalog.text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4, lease_token = $5, lease_expires_at = CAST($6 AS double precision), started_at = CAST($7 AS double precision)
 WHERE  state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
-            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS pg_catalog.text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
             FROM (
         SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ORDER BY priority DESC, run_at, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
@@ -494,7 +494,7 @@ WHERE  state = 'pending' AND ctid = ANY (ARRAY(
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[14] FROM first) AND task = (SELECT tasks[14] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[15] FROM first) AND task = (SELECT tasks[15] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[16] FROM first) AND task = (SELECT tasks[16] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($2 AS pg_catalog.text) IS NULL OR task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 16)
         ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
@@ -520,25 +520,25 @@ SELECT min(at) FROM (
     SELECT 0.0 AS at WHERE EXISTS (
     SELECT t.queue, t.task, head.* FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t CROSS JOIN LATERAL
         (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
-    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json))))
-    AND t.queue = q.name AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json))))
+    AND t.queue = q.name AND (CAST($2 AS pg_catalog.text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10))))
     ORDER BY priority DESC, run_at, id LIMIT 1)
-        OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $3 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+        OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $3 AND (CAST($2 AS pg_catalog.text) IS NULL OR task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) LIMIT $4)
-        OR EXISTS (SELECT 1 FROM pqueue.group_events WHERE queue IN (SELECT name FROM pqueue.queues q WHERE q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))))
-    AND (task IS NULL OR (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))))
+        OR EXISTS (SELECT 1 FROM pqueue.group_events WHERE queue IN (SELECT name FROM pqueue.queues q WHERE q.paused = 0 AND (CAST($1 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json)))))
+    AND (task IS NULL OR (CAST($2 AS pg_catalog.text) IS NULL OR task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10))))))
     UNION ALL SELECT 0.0 WHERE EXISTS (SELECT 1 FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t CROSS JOIN pqueue.queue_groups g
-        WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json))))
-    AND t.queue = q.name AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND g.queue = t.queue AND g.task = t.task AND g.next_at = 0)
+        WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json))))
+    AND t.queue = q.name AND (CAST($2 AS pg_catalog.text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10)))) AND g.queue = t.queue AND g.task = t.task AND g.next_at = 0)
     UNION ALL SELECT * FROM (
-        SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 AND (CAST($1 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS json))))
-    AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) ORDER BY next_at LIMIT 1) delayed
+        SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 AND (CAST($1 AS pg_catalog.json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json))))
+    AND (CAST($2 AS pg_catalog.text) IS NULL OR task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) ORDER BY next_at LIMIT 1) delayed
     UNION ALL 
 SELECT coalesce((SELECT at FROM pqueue.group_starts s WHERE s.queue = q.name AND s.name = '' AND n = q.rate_jobs * -1 + 1 +
     (SELECT max(n) FROM pqueue.group_starts WHERE queue = q.name AND name = '')) + q.rate_seconds, 0.0) AS at
 FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t
-WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json))))
-    AND t.queue = q.name AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)
+WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json))))
+    AND t.queue = q.name AND (CAST($2 AS pg_catalog.text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10)))) AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)
     AND (q.max_running IS NULL OR q.max_running > (
         SELECT count(*) FROM pqueue.jobs WHERE queue = q.name AND "group" = '' AND state = 'processing' AND counted = 1))
     UNION ALL SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled'  ORDER BY run_at LIMIT 1)
@@ -549,10 +549,10 @@ WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN 
 -- Return when the first scheduled job that the consumer may take is due, or the first schedule of one; NULL: none.
 -- $1 queues, $2 tasks, $3 consumer
 SELECT min(at) FROM (
-    SELECT * FROM (SELECT run_at AS at FROM pqueue.jobs WHERE state = 'scheduled' AND (CAST($1 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS json))))
-    AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) AND (assigned_to IS NULL OR assigned_to = $3) ORDER BY run_at LIMIT 1) first
-    UNION ALL SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0 AND (CAST($1 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS json))))
-    AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0)) events;
+    SELECT * FROM (SELECT run_at AS at FROM pqueue.jobs WHERE state = 'scheduled' AND (CAST($1 AS pg_catalog.json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json))))
+    AND (CAST($2 AS pg_catalog.text) IS NULL OR task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) AND (assigned_to IS NULL OR assigned_to = $3) ORDER BY run_at LIMIT 1) first
+    UNION ALL SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0 AND (CAST($1 AS pg_catalog.json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json))))
+    AND (CAST($2 AS pg_catalog.text) IS NULL OR task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0)) events;
 
 -- PEEK
 -- Return the jobs that would be delivered next, in order: those of each task in each queue, those assigned to the
@@ -562,14 +562,14 @@ SELECT min(at) FROM (
 SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents FROM pqueue.jobs WHERE id = ANY (ARRAY(
     SELECT head.id FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t CROSS JOIN LATERAL
         (SELECT id FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT $1) head
-    WHERE q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json))))
-    AND t.queue = q.name AND (CAST($3 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS text), chr(10))))
+    WHERE q.paused = 0 AND (CAST($2 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS pg_catalog.json))))
+    AND t.queue = q.name AND (CAST($3 AS pg_catalog.text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS pg_catalog.text), chr(10))))
     UNION ALL SELECT id FROM (
-        SELECT id FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10))))
+        SELECT id FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS pg_catalog.text) IS NULL OR task = ANY (string_to_array(CAST($3 AS pg_catalog.text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id LIMIT $1) assigned
     UNION ALL SELECT id FROM (
-        SELECT id FROM pqueue.jobs WHERE state = 'scheduled' AND (CAST($2 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($2 AS json))))
-    AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) AND (assigned_to IS NULL OR assigned_to = $4) AND run_at <= $5 ORDER BY priority DESC, run_at, id LIMIT $1) due)) ORDER BY priority DESC, run_at, id LIMIT $1;
+        SELECT id FROM pqueue.jobs WHERE state = 'scheduled' AND (CAST($2 AS pg_catalog.json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($2 AS pg_catalog.json))))
+    AND (CAST($3 AS pg_catalog.text) IS NULL OR task = ANY (string_to_array(CAST($3 AS pg_catalog.text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) AND (assigned_to IS NULL OR assigned_to = $4) AND run_at <= $5 ORDER BY priority DESC, run_at, id LIMIT $1) due)) ORDER BY priority DESC, run_at, id LIMIT $1;
 
 -- PROMOTE
 -- Make scheduled jobs that are due pending.
@@ -678,7 +678,7 @@ WHERE id = ANY (ARRAY(SELECT id FROM pqueue.jobs WHERE state = 'processing' AND 
 -- differs because these rows are locked, and those that others have locked are left out, so that nobody waits
 -- $1 lease_expires_at, $2 token, $3 ids
 UPDATE pqueue.jobs SET lease_expires_at = $1
-WHERE id = ANY (ARRAY(SELECT id FROM pqueue.jobs WHERE substr(lease_token, 1, 16) = $2 AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($3 AS json)) AS bigint))) FOR UPDATE SKIP LOCKED));
+WHERE id = ANY (ARRAY(SELECT id FROM pqueue.jobs WHERE substr(lease_token, 1, 16) = $2 AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($3 AS pg_catalog.json)) AS bigint))) FOR UPDATE SKIP LOCKED));
 
 -- UPDATE
 -- Store progress or a partial result; NULL leaves a value unchanged.
@@ -719,7 +719,7 @@ UPDATE pqueue.jobs SET payload = coalesce($1, payload), priority = coalesce($2, 
         WHEN CAST($7 AS double precision) > $9 THEN 'scheduled' ELSE 'pending' END
 WHERE id = $10 AND state IN ('waiting', 'scheduled', 'pending') AND ((key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))) IS NOT TRUE OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o
-    WHERE o.queue = CAST($3 AS text) AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id
+    WHERE o.queue = CAST($3 AS pg_catalog.text) AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id
         AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) LIMIT 1 OFFSET 0));
 
@@ -778,7 +778,7 @@ SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, 
 -- LEASES
 -- Return the leases of these jobs that a consumer holds. :ids is a JSON array.
 -- $1 token, $2 ids
-SELECT id, lease_token FROM pqueue.jobs WHERE substr(lease_token, 1, 16) = $1 AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)));
+SELECT id, lease_token FROM pqueue.jobs WHERE substr(lease_token, 1, 16) = $1 AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS pg_catalog.json)) AS bigint)));
 
 -- HOLDS
 -- Return whether a delivery still holds its lease.
@@ -831,7 +831,7 @@ SELECT jobs.id FROM pqueue.queues q CROSS JOIN LATERAL
     AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)
     AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d WHERE d.parent_id = jobs.id
         AND (SELECT state FROM pqueue.jobs c WHERE c.id = d.job_id) IN ('waiting', 'scheduled', 'pending', 'processing') LIMIT 1 OFFSET 0)) ORDER BY finished_at LIMIT $4 FOR UPDATE SKIP LOCKED) jobs
-WHERE CAST($5 AS text) IS NULL OR q.name = $5 LIMIT $4;
+WHERE CAST($5 AS pg_catalog.text) IS NULL OR q.name = $5 LIMIT $4;
 
 -- OUTDATED
 -- Return the queues with jobs that they keep no longer, unless some were deleted since :since. (NOT BETWEEN: a clock
@@ -900,30 +900,30 @@ FROM pqueue.queues q;
 -- DELETE_HISTORY
 -- Delete the history of these jobs. :ids is a JSON array.
 -- $1 ids
-DELETE FROM pqueue.history WHERE job_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
+DELETE FROM pqueue.history WHERE job_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint)));
 
 -- DELETE_DEPENDENCIES
 -- Delete the dependencies of these jobs and on them. :ids is a JSON array.
 -- differs because an OR, a join or a subquery could be planned as a scan of all rows
 -- $1 ids
 DELETE FROM pqueue.dependencies WHERE 
-id = ANY (ARRAY(SELECT id FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))
-    UNION ALL SELECT id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))));
+id = ANY (ARRAY(SELECT id FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint)))
+    UNION ALL SELECT id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint)))));
 
 -- DELETE_JOBS
 -- Delete these jobs. :ids is a JSON array.
 -- $1 ids
-DELETE FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
+DELETE FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint)));
 
 -- RUNNING_JOBS
 -- Return which of these jobs are processing. :ids is a JSON array.
 -- $1 ids
-SELECT id FROM pqueue.jobs WHERE state || '' = 'processing' AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
+SELECT id FROM pqueue.jobs WHERE state || '' = 'processing' AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint)));
 
 -- STATES_OF
 -- Return the states of these jobs. :ids is a JSON array.
 -- $1 ids
-SELECT id, state FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
+SELECT id, state FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint)));
 
 -- COUNTS
 -- Count jobs by queue and state through indexes (a million jobs in 50 ms). One statement, so that each job is counted
@@ -966,7 +966,7 @@ AND queue NOT IN (SELECT coalesce((SELECT queue FROM pqueue.jobs WHERE jobs.id =
 -- differs because it has other functions for JSON, texts and numbers
 -- $1 first, $2 since
 SELECT task, line, CAST(sum(number) AS bigint), CAST(sum(recent) AS bigint), CAST((max(place))[2] AS bigint) AS last_id,
-    min(first_at), max(last_at), string_agg(CASE WHEN hour >= 0 THEN CAST(hour AS text) || ':' || CAST(number AS text) END, ',') FROM (
+    min(first_at), max(last_at), string_agg(CASE WHEN hour >= 0 THEN CAST(hour AS pg_catalog.text) || ':' || CAST(number AS pg_catalog.text) END, ',') FROM (
     SELECT task, replace(replace(replace(replace(replace(replace(replace(replace(replace(split_part(error, chr(10), 1), '1', '0'), '2', '0'), '3', '0'), '4', '0'), '5', '0'), '6', '0'), '7', '0'), '8', '0'), '9', '0') AS line, CASE WHEN finished_at >= $1 THEN CAST(floor((finished_at - $1) / 3600) AS integer) ELSE -1 END AS hour,
         count(*) AS number, sum(CASE WHEN finished_at >= $2 THEN 1 ELSE 0 END) AS recent, max(ARRAY[finished_at, id]) AS place,
         min(finished_at) AS first_at, max(finished_at) AS last_at FROM (
@@ -1095,18 +1095,18 @@ DELETE FROM pqueue.schedules WHERE name = $1;
 -- MARK_PARENTS
 -- Make the completion of these jobs look for dependents.
 -- $1 ids
-UPDATE pqueue.jobs SET has_dependents = 1 WHERE has_dependents = 0 AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
+UPDATE pqueue.jobs SET has_dependents = 1 WHERE has_dependents = 0 AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint)));
 
 -- MAKE_WAIT
 -- Make new jobs wait for :waits_for others.
 -- $1 waits_for, $2 ids
-UPDATE pqueue.jobs SET state = 'waiting', waits_for = $1 WHERE finished_at IS NULL AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)));
+UPDATE pqueue.jobs SET state = 'waiting', waits_for = $1 WHERE finished_at IS NULL AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS pg_catalog.json)) AS bigint)));
 
 -- DEPENDENTS
 -- Return the jobs that wait for one of these; on PostgreSQL, lock them.
 -- differs because the rows must not change before what follows; all lock several in one order
 -- $1 ids
-SELECT id FROM pqueue.jobs WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))))) ORDER BY id FOR UPDATE;
+SELECT id FROM pqueue.jobs WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint))))) ORDER BY id FOR UPDATE;
 
 -- FAIL_DEPENDENTS
 -- Make the jobs failed that wait for one of these, which failed; return their ids.
@@ -1114,8 +1114,8 @@ SELECT id FROM pqueue.jobs WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SEL
 -- $1 now, $2 ids
 UPDATE pqueue.jobs SET state = 'failed', finished_at = $1, error =
     (SELECT 'job ' || id || CASE p.state WHEN 'failed' THEN ' failed' ELSE ' was cancelled' END FROM pqueue.jobs p
-     WHERE id = (SELECT min(parent_id) FROM pqueue.dependencies d WHERE job_id = jobs.id AND d.after_failed = 'fail' AND d.parent_id = ANY (ARRAY(SELECT id FROM pqueue.jobs p WHERE state IN ('failed', 'cancelled') AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)))))))
-WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies d WHERE d.after_failed = 'fail' AND d.parent_id = ANY (ARRAY(SELECT id FROM pqueue.jobs p WHERE state IN ('failed', 'cancelled') AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint))))))) RETURNING id;
+     WHERE id = (SELECT min(parent_id) FROM pqueue.dependencies d WHERE job_id = jobs.id AND d.after_failed = 'fail' AND d.parent_id = ANY (ARRAY(SELECT id FROM pqueue.jobs p WHERE state IN ('failed', 'cancelled') AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS pg_catalog.json)) AS bigint)))))))
+WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies d WHERE d.after_failed = 'fail' AND d.parent_id = ANY (ARRAY(SELECT id FROM pqueue.jobs p WHERE state IN ('failed', 'cancelled') AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS pg_catalog.json)) AS bigint))))))) RETURNING id;
 
 -- COUNT_DOWN
 -- Promote the jobs that wait for no others than these, which finished; return the new states.
@@ -1123,22 +1123,22 @@ WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.depe
 -- $1 ids, $2 now
 WITH finished AS MATERIALIZED (
     SELECT array_agg(job_id) AS ids, jsonb_object_agg(job_id, number) AS numbers FROM (
-        SELECT job_id, count(*) AS number FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))) GROUP BY job_id) each)
-UPDATE pqueue.jobs SET waits_for = waits_for - CAST((SELECT numbers FROM finished) ->> CAST(id AS text) AS integer), state = CASE
-    WHEN waits_for > CAST((SELECT numbers FROM finished) ->> CAST(id AS text) AS integer) THEN 'waiting' WHEN run_at > $2 THEN 'scheduled' ELSE 'pending' END
+        SELECT job_id, count(*) AS number FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint))) GROUP BY job_id) each)
+UPDATE pqueue.jobs SET waits_for = waits_for - CAST((SELECT numbers FROM finished) ->> CAST(id AS pg_catalog.text) AS integer), state = CASE
+    WHEN waits_for > CAST((SELECT numbers FROM finished) ->> CAST(id AS pg_catalog.text) AS integer) THEN 'waiting' WHEN run_at > $2 THEN 'scheduled' ELSE 'pending' END
 WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT unnest(ids) FROM finished)) RETURNING state;
 
 -- RECORD_FAILURES
 -- Record that these jobs failed with a parent.
 -- $1 now, $2 ids
 INSERT INTO pqueue.history (job_id, at, event, actor, attempt, error)
-SELECT id, $1, 'failed', 'dependency', attempts, error FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint))) ORDER BY id;
+SELECT id, $1, 'failed', 'dependency', attempts, error FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS pg_catalog.json)) AS bigint))) ORDER BY id;
 
 -- FAMILY
 -- Return the dependents of these jobs, and all parents of those.
 -- $1 ids
-SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))) UNION
-SELECT parent_id FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))));
+SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint))) UNION
+SELECT parent_id FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint)))));
 
 -- FREE_KEYS
 -- Take the keys whose time is over from the jobs that hold those of the dependents of these jobs.
@@ -1146,13 +1146,13 @@ SELECT parent_id FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SELECT job_i
 -- $1 now, $2 ids
 UPDATE pqueue.jobs SET key_expires_at = NULL WHERE id = ANY (ARRAY(SELECT (SELECT id FROM pqueue.jobs o WHERE (o.queue, o.task, o.key) = (c.queue, c.task, c.key) AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) AND key_expires_at <= $1) FROM pqueue.jobs c
-    WHERE c.waits_for > 0 AND state || '' = 'failed' AND c.id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)))))));
+    WHERE c.waits_for > 0 AND state || '' = 'failed' AND c.id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS pg_catalog.json)) AS bigint)))))));
 
 -- RESTORE
 -- Let the jobs wait again that failed with these, which were resubmitted; return their ids.
 -- $1 ids
 UPDATE pqueue.jobs SET state = 'waiting', finished_at = NULL, error = NULL
-WHERE state || '' = 'failed' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))))) AND waits_for > 0
+WHERE state || '' = 'failed' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint))))) AND waits_for > 0
     AND NOT EXISTS (SELECT 1 FROM pqueue.dependencies d
         WHERE d.job_id = jobs.id AND (SELECT state FROM pqueue.jobs p WHERE p.id = d.parent_id) IN ('failed', 'cancelled') LIMIT 1 OFFSET 0)
     AND (key_until IS NULL OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o WHERE o.queue = jobs.queue
@@ -1164,12 +1164,12 @@ WHERE state || '' = 'failed' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.depen
 -- $1 ids
 UPDATE pqueue.jobs SET waits_for =
     (SELECT count(*) FROM pqueue.dependencies d WHERE d.job_id = jobs.id AND (SELECT state FROM pqueue.jobs p WHERE p.id = d.parent_id) IN ('waiting', 'scheduled', 'pending', 'processing'))
-WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))));
+WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint)))));
 
 -- NEEDED
 -- Return these jobs that unfinished others run after, each with one of those.
 -- $1 ids
-SELECT d.parent_id, min(d.job_id) FROM pqueue.dependencies d WHERE d.parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))) AND NOT d.job_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))
+SELECT d.parent_id, min(d.job_id) FROM pqueue.dependencies d WHERE d.parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint))) AND NOT d.job_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint)))
     AND (SELECT state FROM pqueue.jobs c WHERE c.id = d.job_id) IN ('waiting', 'scheduled', 'pending', 'processing') GROUP BY d.parent_id ORDER BY d.parent_id;
 
 -- ADD_DEPENDENCIES
@@ -1178,7 +1178,7 @@ SELECT d.parent_id, min(d.job_id) FROM pqueue.dependencies d WHERE d.parent_id =
 -- $1 after_failed, $2 ids, $3 parents
 INSERT INTO pqueue.dependencies (job_id, parent_id, after_failed)
 SELECT CAST(c.value AS bigint), CAST(p.value AS bigint), $1
-FROM json_array_elements_text(CAST($2 AS json)) c CROSS JOIN json_array_elements_text(CAST($3 AS json)) p;
+FROM json_array_elements_text(CAST($2 AS pg_catalog.json)) c CROSS JOIN json_array_elements_text(CAST($3 AS pg_catalog.json)) p;
 
 -- SET_HANDLER
 -- Set the handler of a queue ("queue:NAME") or a task ("task:NAME").
@@ -1199,7 +1199,7 @@ SELECT name, task FROM pqueue.handlers ORDER BY name;
 -- $1 ids
 SELECT id, queue, jobs.task, error, attempts, consumer, coalesce(t.task, q.task) AS handler FROM pqueue.jobs
 LEFT JOIN pqueue.handlers t ON t.name = 'task:' || jobs.task LEFT JOIN pqueue.handlers q ON q.name = 'queue:' || queue
-WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))) AND state = 'failed' AND coalesce(t.task, q.task) IS NOT NULL
+WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint))) AND state = 'failed' AND coalesce(t.task, q.task) IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM pqueue.dependencies WHERE job_id = jobs.id AND after_failed = 'handle' LIMIT 1 OFFSET 0)
 ORDER BY id;
 
@@ -1388,8 +1388,8 @@ WHERE id = ANY (ARRAY(SELECT id FROM pqueue.queue_groups WHERE next_at > 0 AND n
 SELECT q.name, t.task, g.name, g.turn, (SELECT weight FROM pqueue.group_weights w WHERE w.queue = g.queue AND w.name = g.name), q.turn, q.unnamed_turn, max_running IS NOT NULL OR rate_jobs IS NOT NULL,
     EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)
 FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t LEFT JOIN LATERAL (SELECT * FROM pqueue.queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0 ORDER BY turn, name LIMIT $1) g ON true
-WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json))))
-    AND t.queue = q.name AND (CAST($3 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS text), chr(10))));
+WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($2 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS pg_catalog.json))))
+    AND t.queue = q.name AND (CAST($3 AS pg_catalog.text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS pg_catalog.text), chr(10))));
 
 -- NEXT_IN_TURN
 -- Return for each task of each queue whose groups take turns the group that is next, and for the jobs without a group,
@@ -1399,27 +1399,27 @@ WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN 
 SELECT q.name, g.turn, g.name, coalesce(-priority, 0), coalesce(run_at, 0.0), coalesce(j.id, 0), t.task, (SELECT weight FROM pqueue.group_weights w WHERE w.queue = g.queue AND w.name = g.name),
     q.turn, max_running IS NOT NULL OR rate_jobs IS NOT NULL, EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 1)
 FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t CROSS JOIN LATERAL (SELECT * FROM pqueue.queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0 ORDER BY turn, name LIMIT 1) g LEFT JOIN LATERAL (SELECT * FROM pqueue.jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) j ON true
-WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json))))
-    AND t.queue = q.name AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json))))
+    AND t.queue = q.name AND (CAST($2 AS pg_catalog.text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10))))
 UNION ALL
 SELECT q.name, q.unnamed_turn, '', -priority, run_at, j.id, t.task, NULL, q.turn, max_running IS NOT NULL OR rate_jobs IS NOT NULL, true
 FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t CROSS JOIN LATERAL (SELECT * FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) j
-WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json))))
-    AND t.queue = q.name AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))));
+WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json))))
+    AND t.queue = q.name AND (CAST($2 AS pg_catalog.text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10))));
 
 -- NEXT_OF_GROUPS
 -- Return the first jobs of a task in each of these groups.
 -- differs because a subquery for each task or queue is LATERAL; rows that others prune are left out
 -- $1 groups, $2 share
 SELECT -priority, run_at, j.id, j.queue, "group", j.task FROM (SELECT place ->> 0 AS queue, place ->> 1 AS name, place ->> 2 AS task
-    FROM json_array_elements(CAST($1 AS json)) AS p (place)) g CROSS JOIN LATERAL
+    FROM json_array_elements(CAST($1 AS pg_catalog.json)) AS p (place)) g CROSS JOIN LATERAL
     (SELECT * FROM pqueue.jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT $2) j;
 
 -- ASSIGNED_IN_GROUPS
 -- Return the first jobs that are assigned to the consumer, in queues with limits, in order.
 -- $1 consumer, $2 tasks, $3 limit
 SELECT -priority, run_at, id, queue, "group" FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $1
-    AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND queue IN (SELECT name FROM pqueue.queues WHERE paused = 0 AND (max_running IS NOT NULL OR rate_jobs IS NOT NULL))
+    AND (CAST($2 AS pg_catalog.text) IS NULL OR task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10)))) AND queue IN (SELECT name FROM pqueue.queues WHERE paused = 0 AND (max_running IS NOT NULL OR rate_jobs IS NOT NULL))
 ORDER BY priority DESC, run_at, id LIMIT $3;
 
 -- ROOMS
@@ -1437,25 +1437,25 @@ FROM (SELECT g.queue, g.name, max_running, rate_jobs, rate_seconds, max_running 
           WHERE jobs.queue = g.queue AND "group" = g.name AND state = 'processing' AND counted = 1) AS room,
           (SELECT max(n) FROM pqueue.group_starts s WHERE s.queue = g.queue AND s.name = g.name) AS n
       FROM (SELECT place ->> 0 AS queue, place ->> 1 AS name, place ->> 2 AS task
-    FROM json_array_elements(CAST($3 AS json)) AS p (place)) g JOIN pqueue.queues q ON q.name = g.queue) last;
+    FROM json_array_elements(CAST($3 AS pg_catalog.json)) AS p (place)) g JOIN pqueue.queues q ON q.name = g.queue) last;
 
 -- AS_LEASED
 -- Return these jobs as they will be after LEASE_THESE, which takes half as long as RETURNING. :ids is a JSON array.
 -- differs because these rows are locked, and those that others have locked are left out, so that nobody waits
 -- $1 known_attempts, $2 consumer, $3 token, $4 lease_expires_at, $5 now, $6 ids
-SELECT id, queue, task, payload, 'processing' AS state, priority, run_at, expires_at, attempts + 1 AS attempts, coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($1 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS max_attempts, key, key_until, key_expires_at, assigned_to, $2 AS consumer, $3 AS lease_token, CAST($4 AS double precision) AS lease_expires_at, created_at, CAST($5 AS double precision) AS started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents FROM pqueue.jobs
-WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($6 AS json)) AS bigint))) AND state = 'pending' FOR UPDATE SKIP LOCKED;
+SELECT id, queue, task, payload, 'processing' AS state, priority, run_at, expires_at, attempts + 1 AS attempts, coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($1 AS pg_catalog.text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS max_attempts, key, key_until, key_expires_at, assigned_to, $2 AS consumer, $3 AS lease_token, CAST($4 AS double precision) AS lease_expires_at, created_at, CAST($5 AS double precision) AS started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents FROM pqueue.jobs
+WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($6 AS pg_catalog.json)) AS bigint))) AND state = 'pending' FOR UPDATE SKIP LOCKED;
 
 -- LEASE_THESE
 -- Lease these jobs to the consumer. :ids is a JSON array; :counted is 1 in queues with limits, else NULL.
 -- $1 known_attempts, $2 consumer, $3 token, $4 lease_expires_at, $5 now, $6 counted, $7 ids
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($1 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $2, lease_token = $3, lease_expires_at = CAST($4 AS double precision), started_at = CAST($5 AS double precision), counted = $6 WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($7 AS json)) AS bigint)));
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($1 AS pg_catalog.text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $2, lease_token = $3, lease_expires_at = CAST($4 AS double precision), started_at = CAST($5 AS double precision), counted = $6 WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($7 AS pg_catalog.json)) AS bigint)));
 
 -- LEASE_ONE
 -- Do both for a single job.
 -- differs because these rows are locked, and those that others have locked are left out, so that nobody waits
 -- $1 known_attempts, $2 consumer, $3 token, $4 lease_expires_at, $5 now, $6 counted, $7 id
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($1 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $2, lease_token = $3, lease_expires_at = CAST($4 AS double precision), started_at = CAST($5 AS double precision), counted = $6
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($1 AS pg_catalog.text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $2, lease_token = $3, lease_expires_at = CAST($4 AS double precision), started_at = CAST($5 AS double precision), counted = $6
 WHERE id = (SELECT id FROM pqueue.jobs WHERE id = $7 AND state = 'pending' FOR UPDATE SKIP LOCKED) RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents;
 
 -- SET_TURN
@@ -1466,7 +1466,7 @@ UPDATE pqueue.queue_groups SET turn = $1 WHERE queue = $2 AND name = $3;
 -- THESE_JOBS
 -- Return these jobs. :ids is a JSON array.
 -- $1 ids
-SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
+SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint)));
 
 -- REST_TASK
 -- Let claims pass over a task of a group, until a job of it becomes pending.
@@ -1506,8 +1506,8 @@ SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = 27234830 AN
 -- Complete jobs; return their ids, and whether others may depend on them.
 -- $1 now, $2 results, $3 ids, $4 tokens
 WITH done AS (
-    UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($2 AS text[]))[least(width_bucket(id, CAST($3 AS bigint[])), cardinality(CAST($2 AS text[])))]
-    WHERE id = ANY (CAST($3 AS bigint[])) AND lease_token = (CAST($4 AS text[]))[least(width_bucket(id, CAST($3 AS bigint[])), cardinality(CAST($4 AS text[])))]
+    UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($2 AS pg_catalog.text[]))[least(width_bucket(id, CAST($3 AS bigint[])), cardinality(CAST($2 AS pg_catalog.text[])))]
+    WHERE id = ANY (CAST($3 AS bigint[])) AND lease_token = (CAST($4 AS pg_catalog.text[]))[least(width_bucket(id, CAST($3 AS bigint[])), cardinality(CAST($4 AS pg_catalog.text[])))]
     RETURNING id, has_dependents, queue, task, run_at, started_at, finished_at),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
@@ -1523,13 +1523,13 @@ SELECT id, has_dependents FROM done;
 -- LOCK_QUEUES
 -- Lock the queues whose groups take turns, as their turns and their running jobs must not change.
 -- $1 queues, $2 consumer
-SELECT name FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) OR name IN
+SELECT name FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json)))) OR name IN
     (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $2)) ORDER BY name FOR NO KEY UPDATE;
 
 -- MERGE_EVENTS
 -- Merge the events of these queues into their groups.
 -- $1 locked
-WITH events AS (DELETE FROM pqueue.group_events WHERE queue = ANY (CAST($1 AS text[])) RETURNING queue, name, task)
+WITH events AS (DELETE FROM pqueue.group_events WHERE queue = ANY (CAST($1 AS pg_catalog.text[])) RETURNING queue, name, task)
 INSERT INTO pqueue.queue_groups (queue, name, task, turn)
 SELECT DISTINCT e.queue, e.name, coalesce(e.task, g.task),
     coalesce((SELECT max(turn) FROM pqueue.queue_groups WHERE queue = e.queue AND name = e.name), 0.0)
@@ -1545,8 +1545,8 @@ WHERE queue_groups.next_at IS NULL OR queue_groups.next_at < 0;
 WITH heads AS MATERIALIZED (
     SELECT t.queue, t.task, head.* FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t CROSS JOIN LATERAL
         (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
-    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json))))
-    AND t.queue = q.name AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json))))
+    AND t.queue = q.name AND (CAST($2 AS pg_catalog.text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10))))
     ORDER BY priority DESC, run_at, id LIMIT 17),
 first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads)
 SELECT -priority, run_at, id FROM (
@@ -1567,7 +1567,7 @@ SELECT -priority, run_at, id FROM (
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[14] FROM first) AND task = (SELECT tasks[14] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[15] FROM first) AND task = (SELECT tasks[15] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[16] FROM first) AND task = (SELECT tasks[16] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $3 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $3 AND (CAST($2 AS pg_catalog.text) IS NULL OR task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 16)
         ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id) jobs LIMIT $4;
@@ -1629,7 +1629,7 @@ SELECT EXTRACT(EPOCH FROM clock_timestamp() - greatest(pg_postmaster_start_time(
 
 -- MISCOUNTED
 -- Return the queues whose count is wrong.
-SELECT name, coalesce(CAST(counted AS text), 'none'), found FROM (
+SELECT name, coalesce(CAST(counted AS pg_catalog.text), 'none'), found FROM (
     SELECT name, (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) AS counted,
         (SELECT count(*) FROM pqueue.jobs WHERE queue = name AND state = 'pending' AND assigned_to IS NULL) AS found
     FROM pqueue.queues WHERE max_pending IS NOT NULL) both_ways
@@ -1664,9 +1664,9 @@ FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace AND relkind = 'r' AND 
 -- name and its definition. A constraint may have another name: that is its definition.
 -- $1 temporary
 WITH place AS (SELECT CASE WHEN $1 THEN pg_my_temp_schema() ELSE 'pqueue'::regnamespace END AS id),
-tables AS (SELECT oid, relname::text AS name FROM pg_class
+tables AS (SELECT oid, relname::pg_catalog.text AS name FROM pg_class
     WHERE relnamespace = (SELECT id FROM place) AND relname = ANY ('{jobs, queues, queue_tasks, queue_groups, group_weights, group_starts, consumers, history, schedules, dependencies, handlers, outcomes, version, pending_counts, pending_changes, group_events}'))
-SELECT 'column', name, attname::text, concat_ws(' ', format_type(atttypid, atttypmod),
+SELECT 'column', name, attname::pg_catalog.text, concat_ws(' ', format_type(atttypid, atttypmod),
     CASE WHEN attcollation <> typcollation THEN 'COLLATE ' || attcollation::regcollation END,
     CASE WHEN attnotnull THEN 'NOT NULL' END, CASE attidentity WHEN 'd' THEN 'IDENTITY' WHEN 'a' THEN 'ALWAYS' END,
     'DEFAULT ' || pg_get_expr(adbin, adrelid))
@@ -1674,12 +1674,12 @@ FROM tables t JOIN pg_attribute ON attrelid = t.oid JOIN pg_type y ON y.oid = at
     LEFT JOIN pg_attrdef ON adrelid = t.oid AND adnum = attnum WHERE attnum > 0 AND NOT attisdropped
 UNION ALL SELECT 'constraint', name, pg_get_constraintdef(c.oid), ''
 FROM tables t JOIN pg_constraint c ON conrelid = t.oid WHERE contype IN ('c', 'p', 'u')
-UNION ALL SELECT 'index', name, relname::text, regexp_replace(pg_get_indexdef(indexrelid), ' WITH \([^)]*\)', '')
+UNION ALL SELECT 'index', name, relname::pg_catalog.text, regexp_replace(pg_get_indexdef(indexrelid), ' WITH \([^)]*\)', '')
 FROM tables t JOIN pg_index ON indrelid = t.oid JOIN pg_class c ON c.oid = indexrelid
 WHERE NOT EXISTS (SELECT 1 FROM pg_constraint WHERE conindid = indexrelid)
-UNION ALL SELECT 'trigger', name, tgname::text, pg_get_triggerdef(g.oid)
+UNION ALL SELECT 'trigger', name, tgname::pg_catalog.text, pg_get_triggerdef(g.oid)
 FROM tables t JOIN pg_trigger g ON tgrelid = t.oid
-UNION ALL SELECT 'function', '', proname::text,
+UNION ALL SELECT 'function', '', proname::pg_catalog.text,
     concat_ws(' ', provolatile, CASE WHEN prosecdef THEN 'DEFINER' END, array_to_string(proconfig, ' '), prosrc)
 FROM pg_proc WHERE pronamespace = (SELECT id FROM place);
 
@@ -1692,7 +1692,7 @@ INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, expires_
 SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
     $10, $11, $12, $13, $14
 FROM pqueue.queues
-WHERE name = $15 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $15 AND task = $1) AND ($13 = '' OR grouped = 1) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($11 AS text) IS NULL AND CAST($8 AS text) IS NULL THEN max_pending - $16 >=
+WHERE name = $15 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $15 AND task = $1) AND ($13 = '' OR grouped = 1) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS pg_catalog.text) = 'pending' AND CAST($11 AS pg_catalog.text) IS NULL AND CAST($8 AS pg_catalog.text) IS NULL THEN max_pending - $16 >=
     (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) ELSE max_pending - $16 >= pqueue.count_pending(name) END
 ON CONFLICT DO NOTHING
 RETURNING id),
@@ -1714,9 +1714,9 @@ INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, expires_
     key_expires_at, assigned_to, meta, "group", created_at)
 SELECT name, $1, substr(value, 2, length(value) - 2), $2, $3, $4, $5, $6, $7, $8,
     $9, $10, $11, $12, $13
-FROM pqueue.queues CROSS JOIN (SELECT CAST(one AS text) AS value
-    FROM json_array_elements(CAST($14 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n) payloads
-WHERE name = $15 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $15 AND task = $1) AND ($12 = '' OR grouped = 1) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($2 AS text) = 'pending' AND CAST($10 AS text) IS NULL AND CAST($7 AS text) IS NULL THEN max_pending - $16 >=
+FROM pqueue.queues CROSS JOIN (SELECT CAST(one AS pg_catalog.text) AS value
+    FROM json_array_elements(CAST($14 AS pg_catalog.json)) WITH ORDINALITY AS p (one, n) ORDER BY n) payloads
+WHERE name = $15 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $15 AND task = $1) AND ($12 = '' OR grouped = 1) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($2 AS pg_catalog.text) = 'pending' AND CAST($10 AS pg_catalog.text) IS NULL AND CAST($7 AS pg_catalog.text) IS NULL THEN max_pending - $16 >=
     (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) ELSE max_pending - $16 >= pqueue.count_pending(name) END
 RETURNING id),
 counted AS (
@@ -1799,7 +1799,7 @@ FROM pg_database WHERE datname = current_database() AND datcollversion <> pg_dat
 -- HEALTH: autovacuum off
 SELECT format('autovacuum is off for table %1$s: run ALTER TABLE %1$s RESET (autovacuum_enabled)', oid::regclass)
 FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace
-    AND reloptions::text ~* 'autovacuum_enabled=(off|false|no|0)'
+    AND reloptions::pg_catalog.text ~* 'autovacuum_enabled=(off|false|no|0)'
 UNION ALL SELECT format('%1$s is off: set %1$s = on', name)
 FROM (VALUES ('autovacuum'), ('track_counts')) needed (name) WHERE current_setting(name) = 'off';
 
@@ -1857,18 +1857,18 @@ WHERE coalesce(last_value, 0) < highest
 WITH heads AS MATERIALIZED (
     SELECT t.queue, t.task, head.* FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t CROSS JOIN LATERAL
         (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
-    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json))))
-    AND t.queue = q.name AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json))))
+    AND t.queue = q.name AND (CAST($2 AS pg_catalog.text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10))))
     ORDER BY priority DESC, run_at, id LIMIT 2),
 first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads),
 taken AS (
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4, lease_token = $5, lease_expires_at = CAST($6 AS double precision), started_at = CAST($7 AS double precision)
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS pg_catalog.text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4, lease_token = $5, lease_expires_at = CAST($6 AS double precision), started_at = CAST($7 AS double precision)
 WHERE NOT EXISTS (SELECT FROM (
 SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND run_at <= $7 ORDER BY run_at LIMIT 1), (SELECT next_at FROM pqueue.schedules WHERE paused = 0 AND next_at <= $7 ORDER BY next_at LIMIT 1),
         (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') AND expires_at <= $7 ORDER BY expires_at LIMIT 1)) IS NOT NULL AS due,
     (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at <= $7 ORDER BY lease_expires_at LIMIT 1) IS NOT NULL AS expired,
     EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
-    grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) OR name IN
+    grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json)))) OR name IN
     (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)
     OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $7
     OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4)
@@ -1877,16 +1877,16 @@ SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND ru
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
-            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS pg_catalog.text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
             FROM (
         SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ORDER BY priority DESC, run_at, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($2 AS pg_catalog.text) IS NULL OR task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 1)
         ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
-            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE CASE WHEN jobs.xmax = '0' THEN true ELSE (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295) BETWEEN 1 AND 2147483647
-    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295) AS text) AS xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
+            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE CASE WHEN jobs.xmax = '0' THEN true ELSE (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) BETWEEN 1 AND 2147483647
+    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) AS pg_catalog.text) AS xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $8 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
@@ -1902,13 +1902,13 @@ SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN 
 WITH heads AS MATERIALIZED (
     SELECT t.queue, t.task, head.* FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t CROSS JOIN LATERAL
         (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
-    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json))))
-    AND t.queue = q.name AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json))))
+    AND t.queue = q.name AND (CAST($2 AS pg_catalog.text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10))))
     ORDER BY priority DESC, run_at, id LIMIT 2),
 first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads),
 done AS (
-    UPDATE pqueue.jobs SET state = 'completed', finished_at = $3, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($4 AS text[]))[least(width_bucket(id, CAST($5 AS bigint[])), cardinality(CAST($4 AS text[])))]
-    WHERE id = ANY (CAST($5 AS bigint[])) AND lease_token = (CAST($6 AS text[]))[least(width_bucket(id, CAST($5 AS bigint[])), cardinality(CAST($6 AS text[])))] AND has_dependents = 0
+    UPDATE pqueue.jobs SET state = 'completed', finished_at = $3, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($4 AS pg_catalog.text[]))[least(width_bucket(id, CAST($5 AS bigint[])), cardinality(CAST($4 AS pg_catalog.text[])))]
+    WHERE id = ANY (CAST($5 AS bigint[])) AND lease_token = (CAST($6 AS pg_catalog.text[]))[least(width_bucket(id, CAST($5 AS bigint[])), cardinality(CAST($6 AS pg_catalog.text[])))] AND has_dependents = 0
     RETURNING id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
@@ -1920,13 +1920,13 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
     wait_seconds = outcomes.wait_seconds + excluded.wait_seconds),
 taken AS (
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $8, lease_token = $9, lease_expires_at = CAST($10 AS double precision), started_at = CAST($3 AS double precision)
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS pg_catalog.text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $8, lease_token = $9, lease_expires_at = CAST($10 AS double precision), started_at = CAST($3 AS double precision)
 WHERE (SELECT count(*) FROM done WHERE of_group = '') = $11 AND NOT EXISTS (SELECT FROM (
 SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND run_at <= $3 ORDER BY run_at LIMIT 1), (SELECT next_at FROM pqueue.schedules WHERE paused = 0 AND next_at <= $3 ORDER BY next_at LIMIT 1),
         (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') AND expires_at <= $3 ORDER BY expires_at LIMIT 1)) IS NOT NULL AS due,
     (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at <= $3 ORDER BY lease_expires_at LIMIT 1) IS NOT NULL AS expired,
     EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
-    grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) OR name IN
+    grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS pg_catalog.json)))) OR name IN
     (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)
     OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $3
     OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8)
@@ -1935,16 +1935,16 @@ SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND ru
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
-            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS pg_catalog.text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
             FROM (
         SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ORDER BY priority DESC, run_at, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8 AND (CAST($2 AS pg_catalog.text) IS NULL OR task = ANY (string_to_array(CAST($2 AS pg_catalog.text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 1)
         ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
-            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE CASE WHEN jobs.xmax = '0' THEN true ELSE (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295) BETWEEN 1 AND 2147483647
-    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295) AS text) AS xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
+            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE CASE WHEN jobs.xmax = '0' THEN true ELSE (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) BETWEEN 1 AND 2147483647
+    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) AS pg_catalog.text) AS xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $12 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
@@ -1963,15 +1963,15 @@ WITH heads AS MATERIALIZED (
         (SELECT ctid, priority, run_at, id, attempts, max_attempts, row_number() OVER (ORDER BY priority DESC, run_at, id) AS rank
          FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL
          ORDER BY priority DESC, run_at, id LIMIT $1) first
-    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json))))
-    AND t.queue = q.name AND (CAST($3 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS text), chr(10))))
+    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($2 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS pg_catalog.json))))
+    AND t.queue = q.name AND (CAST($3 AS pg_catalog.text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS pg_catalog.text), chr(10))))
     UNION ALL
         (SELECT ctid, priority, run_at, id, attempts, max_attempts, row_number() OVER (ORDER BY priority DESC, run_at, id) AS rank FROM pqueue.jobs
-         WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10))))
+         WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS pg_catalog.text) IS NULL OR task = ANY (string_to_array(CAST($3 AS pg_catalog.text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id LIMIT $1)),
 done AS (
-    UPDATE pqueue.jobs SET state = 'completed', finished_at = $5, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($6 AS text[]))[least(width_bucket(id, CAST($7 AS bigint[])), cardinality(CAST($6 AS text[])))]
-    WHERE id = ANY (CAST($7 AS bigint[])) AND lease_token = (CAST($8 AS text[]))[least(width_bucket(id, CAST($7 AS bigint[])), cardinality(CAST($8 AS text[])))] AND has_dependents = 0
+    UPDATE pqueue.jobs SET state = 'completed', finished_at = $5, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($6 AS pg_catalog.text[]))[least(width_bucket(id, CAST($7 AS bigint[])), cardinality(CAST($6 AS pg_catalog.text[])))]
+    WHERE id = ANY (CAST($7 AS bigint[])) AND lease_token = (CAST($8 AS pg_catalog.text[]))[least(width_bucket(id, CAST($7 AS bigint[])), cardinality(CAST($8 AS pg_catalog.text[])))] AND has_dependents = 0
     RETURNING id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
@@ -1983,13 +1983,13 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
     wait_seconds = outcomes.wait_seconds + excluded.wait_seconds),
 taken AS (
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($9 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4, lease_token = $10, lease_expires_at = CAST($11 AS double precision), started_at = CAST($5 AS double precision)
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($9 AS pg_catalog.text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4, lease_token = $10, lease_expires_at = CAST($11 AS double precision), started_at = CAST($5 AS double precision)
 WHERE (SELECT count(*) FROM done WHERE of_group = '') = $12 AND NOT EXISTS (SELECT FROM (
 SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND run_at <= $5 ORDER BY run_at LIMIT 1), (SELECT next_at FROM pqueue.schedules WHERE paused = 0 AND next_at <= $5 ORDER BY next_at LIMIT 1),
         (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') AND expires_at <= $5 ORDER BY expires_at LIMIT 1)) IS NOT NULL AS due,
     (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at <= $5 ORDER BY lease_expires_at LIMIT 1) IS NOT NULL AS expired,
     EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
-    grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) OR name IN
+    grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($2 AS pg_catalog.json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS pg_catalog.json)))) OR name IN
     (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)
     OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $5
     OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4)
@@ -1998,13 +1998,13 @@ SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND ru
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
-            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($9 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($9 AS pg_catalog.text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
             FROM (
         SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (
             SELECT *, count(CASE WHEN rank = $1 THEN 1 END) OVER (ORDER BY priority DESC, run_at, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM heads
         ) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
-            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE CASE WHEN jobs.xmax = '0' THEN true ELSE (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295) BETWEEN 1 AND 2147483647
-    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)) - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295) AS text) AS xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
+            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE CASE WHEN jobs.xmax = '0' THEN true ELSE (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) BETWEEN 1 AND 2147483647
+    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) AS pg_catalog.text) AS xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $13 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)

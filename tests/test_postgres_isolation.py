@@ -163,6 +163,8 @@ LEFT = [
     "SET session_replication_role = replica",
     "CREATE TEMP TABLE jobs (id bigint, state text)",
     "CREATE TEMP TABLE queues AS SELECT 'default' AS name, 1 AS paused, 0 AS max_pending",
+    "CREATE TEMP TABLE text (id int)",  # which is also a type
+    "CREATE TEMP TABLE json (id int)",
     "PREPARE left_over AS SELECT 1",
     "DECLARE left_over CURSOR WITH HOLD FOR SELECT 1",
     "LISTEN something",
@@ -212,6 +214,7 @@ def test_nothing_the_application_sets_outlives_its_transaction(queue, statement,
     "statement", [each for each in LEFT if not each.startswith(("SET ROLE", "SET SESSION", "SET stat"))]
 )
 def test_verbs_in_the_same_transaction_work_whatever_the_application_has_set(queue, statement):
+    queue.limit("default", 5)
     other_id = queue.enqueue("t", key="other")
     job = queue.dequeue("w")
     if "read_only" in statement:
@@ -219,6 +222,7 @@ def test_verbs_in_the_same_transaction_work_whatever_the_application_has_set(que
     with queue.transaction() as db:
         db.exec_driver_sql(statement)
         job_id = queue.enqueue("follow-up", "日本", key="k")
+        queue.enqueue_many("t", ["日本"])
         queue.complete(job, "€")
         queue.cancel(job_id)
     assert queue.get(other_id).state == "completed"
@@ -586,6 +590,23 @@ def test_documented_grants_suffice_and_no_more_is_possible(roles):
         with pytest.raises(QueueError, match=r"lacks INSERT, UPDATE, DELETE on table pqueue.jobs") as refused:
             queue.enqueue("t")
         assert "cannot use" in str(refused.value)
+
+
+def test_producer_cannot_execute_functions_with_the_rights_of_the_owner(admin, roles):
+    """By a temporary type: PostgreSQL looks for types there first, unless a search_path names pg_temp."""
+    with closing(pqueue.open_queue(roles.add("owner", *documented("owner")))) as queue:
+        queue.limit("default", 5)
+    with closing(pqueue.open_queue(roles.add("producer", *documented("producer")))) as queue, queue.transaction() as db:
+        db.exec_driver_sql("CREATE TEMP TABLE callers AS SELECT current_user AS name")
+        db.exec_driver_sql("GRANT INSERT ON callers TO PUBLIC")
+        db.exec_driver_sql(
+            "CREATE FUNCTION pg_temp.note(pg_catalog.text) RETURNS bool LANGUAGE sql AS "
+            "'INSERT INTO callers VALUES (current_user) RETURNING true'"
+        )
+        db.exec_driver_sql("CREATE DOMAIN pg_temp.text AS pg_catalog.text CHECK (pg_temp.note(VALUE))")
+        queue.enqueue("t")
+        queue.enqueue("t", group="a")
+        assert db.exec_driver_sql("SELECT DISTINCT name FROM callers").fetchall() == [(roles.names[1],)]
 
 
 def test_worker_is_told_that_the_first_limit_is_set_by_the_owner(roles):
