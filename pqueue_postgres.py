@@ -738,7 +738,8 @@ HEALTH = {
 SELECT format('pid %s waits for a lock of pid %s since %s s: %s', pid, array_to_string(pg_blocking_pids(pid), ', '),
     floor(EXTRACT(EPOCH FROM clock_timestamp() - query_start)), {QUERY})
 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()
-    AND application_name = 'pqueue' AND query_start < clock_timestamp() - make_interval(secs => {LONG_WAIT_SECONDS})""",
+    AND (application_name = 'pqueue' OR strpos(query, '{SCHEMA}.') > 0)
+    AND query_start < clock_timestamp() - make_interval(secs => {LONG_WAIT_SECONDS})""",
     # Old transactions keep the server from removing dead rows.
     "old transactions": f"""
 SELECT format('a transaction has been open for %s s and keeps dead rows, which slows claims: pid %s (%s, %s): %s',
@@ -783,12 +784,22 @@ FROM (
     FROM pg_stat_activity WHERE xact_start IS NULL AND (backend_xid IS NOT NULL OR datname = current_database())
 ) held
 WHERE age > CASE WHEN EXISTS (SELECT 1 {MANY_DEAD}) THEN {OLD_WITH_DEAD_ROWS} ELSE {OLD_SNAPSHOT} END""",
+    # A role may not see the kinds of sessions of other roles.
     "few connections": """
-SELECT format('%s of %s connections are in use: raise max_connections, or run fewer programs', used, most)
-FROM (SELECT count(*) AS used FROM pg_stat_activity WHERE backend_type = 'client backend') used, (
-    SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int AS most
-) most
-WHERE used > 0.9 * most""",
+WITH clients AS (SELECT datid, usesysid FROM pg_stat_activity WHERE datid IS NOT NULL AND usesysid IS NOT NULL
+    AND coalesce(backend_type, 'client backend') = 'client backend')
+SELECT format('%s of %s connections are in use: raise %s, or run fewer programs', used, most, what)
+FROM (
+    SELECT 'max_connections' AS what, count(*) AS used, current_setting('max_connections')::int
+        - current_setting('superuser_reserved_connections')::int
+        - coalesce(current_setting('reserved_connections', true)::int, 0) AS most FROM clients
+    UNION ALL SELECT 'the CONNECTION LIMIT of database ' || datname,
+        (SELECT count(*) FROM clients WHERE datid = oid), datconnlimit
+    FROM pg_database WHERE datname = current_database()
+    UNION ALL SELECT 'the CONNECTION LIMIT of role ' || rolname,
+        (SELECT count(*) FROM clients WHERE usesysid = oid), rolconnlimit FROM pg_roles WHERE rolname = session_user
+) limits
+WHERE most > 0 AND used > 0.9 * most""",
     # A listener in a long transaction fills the queue of notifications.
     "full NOTIFY queue": """
 SELECT format('the NOTIFY queue of the server is %s %% full: end the oldest transaction of a session that listens',
@@ -829,11 +840,15 @@ SELECT format('table %1$s has %2$s dead rows and %3$s live ones, and no vacuum h
     'run VACUUM {SCHEMA}.%1$s', relname, n_dead_tup, n_live_tup)
 {MANY_DEAD} AND coalesce(greatest(last_vacuum, last_autovacuum)
     < clock_timestamp() - make_interval(secs => {VACUUM_SECONDS}), true)""",
-    # A REINDEX CONCURRENTLY that failed leaves an invalid index.
+    # A REINDEX CONCURRENTLY that failed leaves an invalid index. So is one that is being built; a role may not see of
+    # which table, if another role builds it.
     "invalid indexes": f"""
-SELECT format('index %s is invalid: run REINDEX INDEX {SCHEMA}.%s', relname, relname)
+SELECT format(CASE WHEN relname ~ '_cc(new|old)[0-9]*$' THEN 'index %s was left by a REINDEX CONCURRENTLY that failed: '
+    'run DROP INDEX {SCHEMA}.%I' ELSE 'index %s is invalid: run REINDEX INDEX {SCHEMA}.%I' END, relname, relname)
 FROM pg_index JOIN pg_class c ON c.oid = indexrelid
-WHERE relnamespace = '{SCHEMA}'::regnamespace AND NOT (indisvalid AND indisready AND indislive)""",
+WHERE relnamespace = '{SCHEMA}'::regnamespace AND NOT (indisvalid AND indisready AND indislive)
+    AND NOT EXISTS (SELECT 1 FROM pg_stat_progress_create_index
+        WHERE datname = current_database() AND coalesce(relid = indrelid, true))""",
     # The triggers that count pending jobs are needed only if a queue has a limit.
     "disabled triggers": f"""
 SELECT format('trigger %s is disabled: run ALTER TABLE jobs ENABLE ALWAYS TRIGGER %s', tgname, tgname)

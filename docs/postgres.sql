@@ -1733,7 +1733,8 @@ SELECT id FROM added;
 SELECT format('pid %s waits for a lock of pid %s since %s s: %s', pid, array_to_string(pg_blocking_pids(pid), ', '),
     floor(EXTRACT(EPOCH FROM clock_timestamp() - query_start)), left(regexp_replace(query, '\s+', ' ', 'g'), 60))
 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()
-    AND application_name = 'pqueue' AND query_start < clock_timestamp() - make_interval(secs => 2);
+    AND (application_name = 'pqueue' OR strpos(query, 'pqueue.') > 0)
+    AND query_start < clock_timestamp() - make_interval(secs => 2);
 
 -- HEALTH: old transactions
 SELECT format('a transaction has been open for %s s and keeps dead rows, which slows claims: pid %s (%s, %s): %s',
@@ -1780,11 +1781,20 @@ WHERE age > CASE WHEN EXISTS (SELECT 1 FROM pg_stat_user_tables
 WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND n_dead_tup > 100000 + 2 * n_live_tup) THEN 10000 ELSE 1000000 END;
 
 -- HEALTH: few connections
-SELECT format('%s of %s connections are in use: raise max_connections, or run fewer programs', used, most)
-FROM (SELECT count(*) AS used FROM pg_stat_activity WHERE backend_type = 'client backend') used, (
-    SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int AS most
-) most
-WHERE used > 0.9 * most;
+WITH clients AS (SELECT datid, usesysid FROM pg_stat_activity WHERE datid IS NOT NULL AND usesysid IS NOT NULL
+    AND coalesce(backend_type, 'client backend') = 'client backend')
+SELECT format('%s of %s connections are in use: raise %s, or run fewer programs', used, most, what)
+FROM (
+    SELECT 'max_connections' AS what, count(*) AS used, current_setting('max_connections')::int
+        - current_setting('superuser_reserved_connections')::int
+        - coalesce(current_setting('reserved_connections', true)::int, 0) AS most FROM clients
+    UNION ALL SELECT 'the CONNECTION LIMIT of database ' || datname,
+        (SELECT count(*) FROM clients WHERE datid = oid), datconnlimit
+    FROM pg_database WHERE datname = current_database()
+    UNION ALL SELECT 'the CONNECTION LIMIT of role ' || rolname,
+        (SELECT count(*) FROM clients WHERE usesysid = oid), rolconnlimit FROM pg_roles WHERE rolname = session_user
+) limits
+WHERE most > 0 AND used > 0.9 * most;
 
 -- HEALTH: full NOTIFY queue
 SELECT format('the NOTIFY queue of the server is %s %% full: end the oldest transaction of a session that listens',
@@ -1831,9 +1841,12 @@ WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regna
     < clock_timestamp() - make_interval(secs => 600), true);
 
 -- HEALTH: invalid indexes
-SELECT format('index %s is invalid: run REINDEX INDEX pqueue.%s', relname, relname)
+SELECT format(CASE WHEN relname ~ '_cc(new|old)[0-9]*$' THEN 'index %s was left by a REINDEX CONCURRENTLY that failed: '
+    'run DROP INDEX pqueue.%I' ELSE 'index %s is invalid: run REINDEX INDEX pqueue.%I' END, relname, relname)
 FROM pg_index JOIN pg_class c ON c.oid = indexrelid
-WHERE relnamespace = 'pqueue'::regnamespace AND NOT (indisvalid AND indisready AND indislive);
+WHERE relnamespace = 'pqueue'::regnamespace AND NOT (indisvalid AND indisready AND indislive)
+    AND NOT EXISTS (SELECT 1 FROM pg_stat_progress_create_index
+        WHERE datname = current_database() AND coalesce(relid = indrelid, true));
 
 -- HEALTH: disabled triggers
 SELECT format('trigger %s is disabled: run ALTER TABLE pqueue.jobs ENABLE ALWAYS TRIGGER %s', tgname, tgname)

@@ -888,11 +888,14 @@ def test_check_names_what_else_keeps_dead_rows(tmp_path, monkeypatch):
         own.kill()
 
 
-def test_check_names_who_holds_a_lock_that_others_wait_for(queue, database, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("name", ["pqueue", "shop"])
+def test_check_names_who_holds_a_lock_that_others_wait_for(queue, database, monkeypatch, name):  # noqa: F811
     health = {name: sql.replace("secs => 2", "secs => 0") for name, sql in pqueue_postgres.HEALTH.items()}
     monkeypatch.setattr("pqueue_postgres.HEALTH", health)
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-    with psycopg.connect(database) as other, closing(PersistentQSQLAlchemy(database, busy_seconds=60)) as producer:
+    url = sqlalchemy.make_url(database).update_query_dict({"application_name": name})
+    url = url.render_as_string(hide_password=False)
+    with psycopg.connect(database) as other, closing(PersistentQSQLAlchemy(url, busy_seconds=60)) as producer:
         other.execute("LOCK TABLE pqueue.jobs")
         enqueue = threading.Thread(target=producer.enqueue, args=("t",))
         enqueue.start()
@@ -992,6 +995,55 @@ def test_check_of_a_role_that_sees_no_other_names_the_session_that_keeps_dead_ro
                 assert all(re.match(kept, each) for each in found)
         finally:
             admin.execute("DROP OWNED BY looker; DROP ROLE looker")
+
+
+@pytest.mark.parametrize(
+    ("limit", "what"),
+    [
+        ("", "4 of 4 connections are in use: raise max_connections, or run fewer programs"),
+        ("ALTER ROLE looker CONNECTION LIMIT 2", "2 of 2 .*: raise the CONNECTION LIMIT of role looker,"),
+        ("ALTER DATABASE postgres CONNECTION LIMIT 3", "3 of 3 .*: raise the CONNECTION LIMIT of database postgres,"),
+    ],
+)
+def test_check_finds_that_its_role_gets_no_more_connections(tmp_path, limit, what):
+    """Of those that are reserved, and in use by others, the role sees little."""
+    own = postgres_server.Server(tmp_path / "server").create()
+    own.start(max_connections=9, reserved_connections=2)  # and 3 for superusers
+    with ExitStack() as undo:
+        undo.callback(own.kill)
+        pqueue.open_queue(own.near_url).close()
+        own.ask("CREATE ROLE looker LOGIN; GRANT USAGE ON SCHEMA pqueue TO looker")
+        own.ask("GRANT SELECT ON ALL TABLES IN SCHEMA pqueue TO looker; CREATE ROLE other LOGIN")
+        own.ask(limit or "SELECT 1")
+        url = own.near_url.replace("postgres@", "looker@")
+        queue = undo.enter_context(closing(pqueue.open_queue(url)))
+        assert queue.check(thorough=False)["problems"] == []
+        others = ["looker"] if "ROLE" in limit else ["other"] * (2 if limit else 3)
+        for name in others:
+            undo.enter_context(psycopg.connect(own.near_url.replace("postgres@", f"{name}@")))
+        (problem,) = queue.check(thorough=False)["problems"]
+        assert re.match(what, problem), problem
+
+
+def test_check_accepts_an_index_that_is_being_built(queue, database):  # noqa: F811
+    building = "SELECT count(*) FROM pg_stat_progress_create_index WHERE datname = current_database()"
+    with psycopg.connect(database) as other, ThreadPoolExecutor(1) as pool:
+        admin = psycopg.connect(database, autocommit=True)
+        other.execute("LOCK TABLE pqueue.jobs IN ROW EXCLUSIVE MODE")
+        done = pool.submit(admin.execute, "REINDEX INDEX CONCURRENTLY pqueue.jobs_claim")
+        wait_until(lambda: queue._read(building)[0][0])
+        wait_until(lambda: queue._read("SELECT 1 FROM pg_index WHERE NOT indisvalid"))
+        assert queue.check(thorough=False)["problems"] == []
+        admin.cancel()
+        with pytest.raises(psycopg.errors.QueryCanceled):
+            done.result(PATIENCE_SECONDS)
+        (problem,) = queue.check(thorough=False)["problems"]
+        remedy = problem.partition(": run ")
+        assert remedy[0] == "index jobs_claim_ccnew was left by a REINDEX CONCURRENTLY that failed"
+        other.rollback()
+        admin.execute(remedy[2])
+        admin.close()
+    assert queue.check(thorough=False)["problems"] == []
 
 
 def test_check_counts_connections_of_clients_only(queue, monkeypatch):
