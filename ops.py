@@ -28,6 +28,9 @@ from pqueue_tools.dashboard_http import address, listen_error, serve
 from pqueue_tools.process import OneLineParser, not_blank, print_error, whole_number, writes_to_stdout
 from pqueue_values import program_name
 
+# python -m streamlit would prefer modules of the current folder to those of the standard library.
+STREAMLIT = "import sys; sys.path[:] = filter(None, sys.path); from streamlit.web.cli import main; main()"
+
 
 @writes_to_stdout("ops")
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dashboard at {address(options.host, options.port)}", flush=True)
         return 0
     if uses_streamlit:
-        command = [sys.executable, "-m", "streamlit", "run", os.path.abspath(__file__)]
+        command = [sys.executable, "-c", STREAMLIT, "run", os.path.abspath(__file__)]
         command += [f"--server.address={options.host}", f"--server.port={options.port}", f"--server.baseUrlPath={path}"]
         os.execv(sys.executable, command)
     if options.streamlit:

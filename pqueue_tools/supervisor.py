@@ -8,6 +8,7 @@ import re
 import shlex
 import socket
 import sys
+import sysconfig
 import time
 import xmlrpc.client
 from collections.abc import Callable
@@ -292,7 +293,11 @@ def _shipped(name: str) -> Path:
 
 def _command(program: str) -> list[str]:
     path = _shipped(f"{program}.py")
-    return [sys.executable, *(["-m", f"pqueue_tools.{program}"] if path.parent == HERE else [str(path)])]
+    if path.parent != HERE:
+        return [sys.executable, str(path)]
+    # python -m prefers modules of the current folder to those of the standard library: use it only after pip --user
+    script = os.path.join(sysconfig.get_path("scripts"), f"pqueue-{program}")
+    return [sys.executable, *([script] if os.path.exists(script) else ["-m", f"pqueue_tools.{program}"])]
 
 
 def _options(queues: list[str] | None, modules: list[str] | None, concurrency: int) -> list[str]:

@@ -89,7 +89,7 @@ class Project(Place):
         self.commands = commands
         self.write("tasks.py", TASKS)
         self.write("report.py", "def total(numbers: list[int]) -> int:\n    return sum(numbers)\n")
-        for name in ("admin", "web", "commands", "consumer"):
+        for name in ("admin", "web", "commands", "consumer", "queue", "calendar"):
             self.write(f"{name}.py", "raise ImportError('this is a module of the project')\n")
 
     def command(self, program, *arguments):
@@ -145,7 +145,7 @@ def test_project_uses_the_queue_with_its_own_modules(project):
     assert done.returncode == 0, done.stderr
     done = project.run("pqueue-consumer", "--import", "tasks", "--queue", "sums", "--drain")
     assert done.returncode == 0, done.stderr
-    done = project.run("python", "-m", "pqueue_tools.consumer", "--queue", "default", "--drain")
+    done = project.run("pqueue-consumer", "--queue", "default", "--drain")
     assert done.returncode == 0, done.stderr
     jobs = {job.task: job for job in project.queue().list_jobs()}
     assert {task: job.state for task, job in jobs.items()} == {"sum_up": "completed", "prepend_timestamp": "completed"}
@@ -201,7 +201,7 @@ def test_project_runs_under_supervisor_from_the_configuration_that_the_manager_w
 def test_type_checker_reports_a_users_mistakes_against_the_installed_wheel(project):
     project.write("typed.py", TYPED)
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--python-executable", project.commands / "python", "typed.py"],
+        [BIN / "mypy", "--strict", "--python-executable", project.commands / "python", "typed.py"],
         cwd=project.folder,
         env={**os.environ, "MYPY_CACHE_DIR": str(project.folder / "cache")},
         capture_output=True,

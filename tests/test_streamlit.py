@@ -136,7 +136,8 @@ def test_page_that_listens_everywhere_serves_only_the_configured_host_names(plac
         assert WORD not in text_of(server.visit(host, f"http://{host}")), host
 
 
-def test_page_is_served_under_its_prefix(place, queue):
+def test_page_is_served_under_its_prefix_beside_a_module_with_the_name_of_a_standard_one(place, queue):
+    place.write("calendar.py", "raise ImportError('this is a module of the project')\n")
     port = free_port()
     place.start("ops.py", "--streamlit", "--port", str(port), PQUEUE_OPS_PREFIX="/queue/", PYTHONWARNINGS="")
 
