@@ -214,7 +214,7 @@ def log_completed(name: str, jobs: list[Job]) -> None:
 def quoted(value: Any) -> str:
     text = _field(value)
     plain = text and text.isprintable() and not (" " in text or '"' in text or "=" in text)
-    return text if plain else '"' + text.encode("unicode_escape").decode().replace('"', '\\"') + '"'
+    return text if plain else '"' + printable(text.replace("\\", r"\\")).replace('"', r"\"") + '"'
 
 
 def _field(value: Any) -> str:

@@ -25,7 +25,7 @@ from test_supervisor import BIN, manage, running, system  # noqa: F401 - a fixtu
 
 import admin
 import pqueue
-from pqueue_tools import file_task, masking, report, restoring
+from pqueue_tools import file_task, masking, process, report, restoring
 from pqueue_tools.worker import Consumer
 
 SECRET = "hunter2"  # never shown
@@ -639,6 +639,10 @@ def test_no_escape_of_a_job_reaches_a_log(place):
         assert queue.stats()["states"]["failed"] == 2
     assert (done.returncode, is_harmless(done.stdout + done.stderr)) == (1, True)
     assert done.stdout.count("\n") == done.stdout.count("Z ")
+
+
+def test_log_escapes_control_characters_quotes_and_backslashes_but_no_letters():
+    assert process.quoted('größer als "项目"\n\x1b[31m \\d\u202e') == r'"größer als \"项目\"\n\x1b[31m \\d\u202e"'
 
 
 def test_no_escape_of_a_broken_schema_reaches_the_terminal(place):
