@@ -799,8 +799,14 @@ def consumers(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
 @command(
     DATA,
     "prune",
-    Parameter("--older-than", "minimum time since the job finished: 12h, 7d", duration, metavar="DURATION"),
-    Parameter("--status", "only jobs in this state", OneOf(*pqueue.FINISHED), metavar="STATE", short="--state"),
+    Parameter("--older-than", "minimum time since the job finished (required): 12h, 7d", duration, metavar="DURATION"),
+    Parameter(
+        "--status",
+        "only jobs in this state",
+        OneOf(*pqueue.FINISHED),
+        metavar="|".join(pqueue.FINISHED),
+        short="--state",
+    ),
     examples=("prune --older-than 7d --status completed",),
 )
 def prune(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
@@ -869,7 +875,7 @@ def delete_db_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> 
 @command(
     DATA,
     "delete-job-files",
-    Parameter("--directory", "folder of the job files", path, metavar="DIR"),
+    Parameter("--directory", "folder of the job files (required)", path, metavar="DIR"),
     Parameter("--force", "include files of unfinished jobs", flag=True),
     Parameter("--dry-run", "only list what would be deleted", flag=True),
     YES,
