@@ -208,7 +208,8 @@ MIGRATIONS[0] += [EARLY_VACUUM, *COUNTING, *GROUPING]
 
 LOCK = "FOR UPDATE SKIP LOCKED"  # skip rows that other transactions have locked
 PG_NOTIFY = f"pg_notify('{CHANNEL}', '')"  # in a RETURNING clause
-PG_NOTIFY_JOBS = f"CAST(pg_notify('{CHANNEL}', :ids) AS text)"
+PG_NOTIFY_JOBS = f"pg_notify('{CHANNEL}', ids) FROM unnest(CAST(:ids AS text[])) ids"
+MOST_IDS = 390  # in one NOTIFY, which has less than 8,000 bytes; an id has at most 19
 AMONG = "= ANY (ARRAY({}))"  # which is never planned as a join with all rows
 FINISHED_PARENTS = "CAST((SELECT numbers FROM finished) ->> CAST(id AS text) AS integer)"
 # pg_locks lists all databases of the server, perhaps including a copy of this one with consumers of its own.

@@ -285,8 +285,11 @@ class PostgresSession(Session):
     def _wake_waiters(self) -> None:
         """Wake those who wait for results, if any: they look once a second anyway."""
         if self._queue.is_awaited:
+            most = pqueue_postgres.MOST_IDS
+            starts = range(0, len(self.finished), most)
+            ids = [",".join(map(str, self.finished[start : start + most])) for start in starts]
             with suppress(QueueError):
-                self.run(f"SELECT {PG_NOTIFY_JOBS} {IF_ROOM}", {"ids": ",".join(map(str, self.finished))})
+                self.run(f"SELECT {PG_NOTIFY_JOBS} {IF_ROOM}", {"ids": ids})
 
     def _cleanup(self) -> None:
         if self._link is None:

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from unittest import mock
 
@@ -27,7 +28,7 @@ import pqueue
 import pqueue_connections
 import pqueue_listener
 import pqueue_postgres
-from pqueue import InvalidTransition, QueueBusy, QueueError, QueueFull
+from pqueue import InvalidTransition, JobFailed, QueueBusy, QueueError, QueueFull
 from pqueue_connections import parse_url
 from pqueue_sqlalchemy import PersistentQSQLAlchemy, PostgresSession
 from pqueue_tools import processes
@@ -395,6 +396,23 @@ def test_waiter_for_a_result_is_woken_by_a_consumer_that_began_to_listen_later(
                 other.complete(job, 7)
         waiter.join()
         assert found == [7]
+
+
+def test_application_commits_what_ends_more_jobs_than_fit_into_a_notify(admin, queue, database, monkeypatch):
+    monkeypatch.setattr(pqueue_listener.ResultWatch, "FIRST_SECONDS", 1000.0)  # does not look by itself
+    monkeypatch.setattr(pqueue_listener.ResultWatch, "LAST_SECONDS", 1000.0)
+    admin.execute(f"SELECT setval('pqueue.jobs_id_seq', {2**63 - 5000})")
+    parent = queue.enqueue("t")
+    children = queue.enqueue_many("t", range(1000), after=[parent])
+    with ThreadPoolExecutor(1) as pool, closing(pqueue.open_queue(database)) as other:
+        waiting = pool.submit(queue.result, children[-1], timeout_seconds=PATIENCE_SECONDS)
+        wait_until(lambda: queue._listener and queue._listener.is_awaited)
+        with psycopg.connect(database) as connection:
+            connection.execute("CREATE TABLE orders (n int)")
+            with other.join(connection):
+                other.cancel(parent)
+        assert isinstance(waiting.exception(), JobFailed)
+    assert admin.execute("SELECT count(*) FROM orders").fetchone() == (0,)
 
 
 def test_consumer_starts_without_telling_waiters_what_nobody_waits_for(queue, monkeypatch):
