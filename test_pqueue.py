@@ -1919,7 +1919,7 @@ class QueueContract:
     # Results
 
     def without_timers(self):
-        """Let nothing but a wake-up end a wait, where there are wake-ups; but one for a result on PostgreSQL."""
+        """Let nothing but a wake-up end a wait, where there are wake-ups."""
         for module in () if self.polls else (pqueue, pqueue_locks):
             patch = mock.patch.object(module, "WAIT_SECONDS", 1000.0)
             patch.start()

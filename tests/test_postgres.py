@@ -36,6 +36,7 @@ import pqueue_search
 import pqueue_sqlalchemy
 import pqueue_values
 from pqueue import InvalidTransition, PersistentQSQLite, QueueBusy, QueueError, SchemaMismatch
+from pqueue_listener import ResultWatch
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
 from test_pqueue import PATIENCE_SECONDS, QueueContract, wait_until
 
@@ -112,6 +113,28 @@ class PostgresContractCase(QueueContract):
                 db.execute(f"DROP SCHEMA {schema} CASCADE")
             db.execute("CREATE SCHEMA public")
         return shared_database
+
+    has_timers = True
+
+    def without_timers(self):
+        super().without_timers()
+        self.has_timers = self.polls
+
+    def waiting(self, job_id, number=1):
+        """Wait, too, until all know that somebody waits, if only they can end the wait."""
+        if self.has_timers:
+            return super().waiting(job_id, number)
+        for place, name in (
+            (ResultWatch, "FIRST_SECONDS"),
+            (ResultWatch, "LAST_SECONDS"),
+            (pqueue_listener, "AWAITED_SECONDS"),
+        ):
+            patch = mock.patch.object(place, name, 1000.0)
+            patch.start()
+            self.addCleanup(patch.stop)
+        outcomes = super().waiting(job_id, number)
+        wait_until(lambda: all(each.is_awaited for each in pqueue_sqlalchemy._queues))
+        return outcomes
 
 
 class PostgresContract(PostgresContractCase, PostgresCase):
