@@ -348,12 +348,12 @@ class Pool:
                 self.listening, self._open = None, self._open - (not self._is_lent)
                 self._changed.notify_all()
 
-    def take(self, *, for_application: bool = False, only: Link | None = None) -> Link:
+    def take(self, *, for_application: bool = False, only: Link | None = None, seconds: float | None = None) -> Link:
         """Return a connection for this thread alone. Wait for one if there are as many as there may be.
 
-        for_application: one that does not listen. only: this one. Raises QueueBusy.
+        for_application: one that does not listen. only: this one. seconds: how long to wait. Raises QueueBusy.
         """
-        until = time.monotonic() + self._seconds
+        until = time.monotonic() + (self._seconds if seconds is None else seconds)
         patience = time.monotonic() + PATIENCE_SECONDS
         while True:
             with self._changed:

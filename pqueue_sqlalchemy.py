@@ -68,6 +68,7 @@ logging.getLogger("psycopg").addFilter(lambda record: not record.getMessage().st
 # Parameters of libpq, whatever the URL or a service says: a connection for replication executes no statements of ours.
 ALWAYS = {"client_encoding": "UTF8", "replication": ""}
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
+BRIEFLY = 0.1  # seconds to wait for what is not needed
 ENQUEUE_TRIES = 100  # while other transactions use and free the key
 SAFE = ["fsync", "full_page_writes"]  # settings of the server that must be on, or "full" holds for no job
 UNSAFE = f"SELECT name || ' is off' FROM unnest(ARRAY{SAFE}) name WHERE current_setting(name) = 'off'"
@@ -118,6 +119,7 @@ class PostgresSession(Session):
     durable = True
     for_application = False  # the transaction is the application's
     is_snapshot = False  # it sees nothing that others commit
+    seconds: float | None = None  # how long to wait for a connection; None: as long as for a lock
     _begin_with: str
     _link: Link | None = None  # from the first statement of a transaction to its end
 
@@ -218,7 +220,7 @@ class PostgresSession(Session):
         return read(link.cursor)
 
     def _take(self) -> Link:
-        self._link = self._queue._pool.take(for_application=self.for_application)
+        self._link = self._queue._pool.take(for_application=self.for_application, seconds=self.seconds)
         return self._link
 
     def _send_begin(self, link: Link) -> None:
@@ -668,7 +670,7 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
 
     def _ask(self, sql: str, *values: Any) -> Any:
         """Return a row, read on a separate connection: that of this thread may be in a failed transaction."""
-        link = self._pool.take()
+        link = self._pool.take(seconds=BRIEFLY)
         try:
             return link.driver.execute(sql, values).fetchone()
         except psycopg.Error as error:
@@ -723,9 +725,11 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
         """Do it in a separate transaction: until that of the application ends, other producers would wait."""
         application = self._session()
         if application.for_application and not application.is_snapshot:
+            other = PostgresSession(self)
+            other.seconds = BRIEFLY
             with suppress(QueueBusy):  # no other connection is available, or the application has changed the queue
-                with PostgresSession(self) as other:
-                    other.run(setting({"lock_timeout": 100}, for_good=False))
+                with other:
+                    other.run(setting({"lock_timeout": int(BRIEFLY * 1000)}, for_good=False))
                     super()._add_queue(other, row)
                 return 1
         return super()._add_queue(session, row)
@@ -754,7 +758,7 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
         left costs little, and the next removal of a limit tries again. The transaction must hold no lock on jobs: one
         that reads jobs before it writes, as a claim does, would wait for it, and the two would be deadlocked."""
         with suppress(QueueError), self._transaction() as session:  # only the owner may; an event trigger may forbid it
-            session.run(setting({"lock_timeout": 100}, for_good=False))
+            session.run(setting({"lock_timeout": int(BRIEFLY * 1000)}, for_good=False))
             session.change("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
             for name in pqueue_postgres.LIMIT_TRIGGERS if not session.run(pqueue_schema.LIMITED) else ():
                 session.change(f"DROP TRIGGER {name} ON jobs")

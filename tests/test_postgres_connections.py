@@ -465,6 +465,25 @@ def test_producer_does_not_wait_for_its_own_transaction_that_changed_the_queue(d
             producer.join()
 
 
+def test_producer_does_not_wait_for_a_second_connection_to_add_a_queue(database):
+    stored = []
+
+    def work():
+        with suppress(QueueError), queue.transaction():
+            stored.append(queue.enqueue("t", queue="mails"))
+
+    with closing(PersistentQSQLAlchemy(with_query(database, max_connections="2"), busy_seconds=3600)) as queue:
+        link = queue._pool.take()
+        producer = threading.Thread(target=work)
+        producer.start()
+        try:
+            wait_until(lambda: stored)
+        finally:
+            queue._pool.give_back(link)
+            producer.join()
+        assert queue.get(stored[0]).queue == "mails"
+
+
 # A schema that is altered
 
 

@@ -744,7 +744,7 @@ def test_right_that_is_missing_to_read_the_version_is_named(database, roles):
 def test_right_that_is_missing_is_reported_though_no_connection_is_left_to_ask_which(queue, roles):
     url = roles.add("reader", *documented("reader"), "ALTER ROLE {role} CONNECTION LIMIT 1")
     with (
-        closing(PersistentQSQLAlchemy(url, busy_seconds=1)) as weak,
+        closing(PersistentQSQLAlchemy(url, busy_seconds=3600)) as weak,
         pytest.raises(QueueError, match="permission denied for table [a-z]+$"),
         weak.transaction(),
     ):
