@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import socket
 import threading
 import time
 import weakref
@@ -198,14 +199,26 @@ def answers(error: Exception) -> list[str]:
     text = str(error).strip()
     _, _, several = text.partition("All failures were:\n")
     found = re.findall(r"^- (host: .*)", several, re.MULTILINE) or [text.split("\n")[0]]
-    return [re.sub(r"^(host: .*?: )?(?=connection )(connection failed: )?", "", each) for each in found]
+    return [re.sub("^(host: .*?: )?(connection failed: )?(?=connection (to|is) )", "", each) for each in found]
 
 
-def connection_error(name: str, error: Exception) -> QueueError:
+def unresolved(hosts: str) -> list[str]:
+    """Return an answer for each of several hosts without an address, which the driver passes over."""
+    said = []
+    for host in hosts.split(",") if "," in hosts else ():
+        try:
+            if host and not host.startswith("/"):
+                socket.getaddrinfo(host, None)
+        except (OSError, UnicodeError) as error:
+            said.append(f"failed to resolve host {host!r}: {error}")
+    return said
+
+
+def connection_error(name: str, error: Exception, hosts: str = "") -> QueueError:
     """Return the QueueBusy or, if another attempt cannot help, the QueueError for a failure to connect."""
-    said = answers(error)
+    said = answers(error) + unresolved(hosts)
     text = "; ".join(dict.fromkeys(said)) or type(error).__name__
-    without_names = [re.sub('"[^"]*"', '""', each) for each in said]  # a database may be called "closed"
+    without_names = [re.sub("\"[^\"]*\"|'[^']*'", '""', each) for each in said]  # a database may be called "closed"
     if all(LASTING.search(each) and not PASSING.search(each) for each in without_names):
         pgconn = getattr(error, "pgconn", None)
         if "no password" in text or (pgconn and pgconn.needs_password and "password" in text):

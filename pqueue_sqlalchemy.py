@@ -512,7 +512,8 @@ class OnPostgres(PersistentQSQLAlchemy):
         try:
             connection = psycopg.connect(autocommit=True, **{**arguments, **self._conninfo, **ALWAYS})
         except (psycopg.Error, UnicodeError) as error:  # UnicodeError: a host name that cannot be
-            failure = connection_error(self.name, error)
+            hosts = "" if self._conninfo.get("hostaddr") else self._conninfo.get("host") or os.environ.get("PGHOST", "")
+            failure = connection_error(self.name, error, hosts)
             # A running program waits until a password or a right is corrected
             busy = self._is_open and not isinstance(failure, QueueBusy)
             raise (QueueBusy(str(failure)) if busy else failure) from error

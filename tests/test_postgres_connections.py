@@ -941,6 +941,20 @@ def test_each_host_is_reported_with_its_answer_and_port(strict):
     )
 
 
+@pytest.mark.parametrize("away", ["127.0.0.1", "nosuch.invalid"])
+def test_host_that_does_not_answer_is_reported_beside_one_that_does(away):
+    """Not even a host that has no address."""
+    refusing = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port, url = silent.getsockname()[1], "postgresql://u@/d?connect_timeout=1"
+        error = opening(f"{url}&host={away},127.0.0.1&port={port},{refusing}")
+    assert isinstance(error, QueueBusy)
+    silence = f"'127.0.0.1', port: '{port}', .*: connection timeout expired"
+    said = silence if away == "127.0.0.1" else "failed to resolve host 'nosuch.invalid'"
+    assert re.search(f"port {refusing} failed: Connection refused", str(error))
+    assert re.search(said, str(error)), error
+
+
 @pytest.mark.parametrize(
     ("place", "name"),
     [
