@@ -84,6 +84,7 @@ WHERE relkind = 'r' AND relnamespace = (SELECT relnamespace FROM pg_class WHERE 
 # What an operation may need of each kind of object.
 RIGHTS = {
     "table": ["SELECT", "INSERT", "UPDATE", "DELETE"],
+    "sequence": ["UPDATE"],
     "schema": ["USAGE", "CREATE"],
     "database": ["CREATE"],
     "function": ["EXECUTE"],
@@ -650,7 +651,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         kind, _, name = (diag.message_primary or "").removeprefix("permission denied for ").partition(" ")
         if kind not in RIGHTS:
             return ""
-        is_ours = kind in ("table", "function")
+        is_ours = kind in ("table", "sequence", "function")
         shown = f"{self.schema}.{name}" if is_ours else name
         if function := re.search(r"function \S*\b(note_group|note_pending|count_pending)\(", diag.context or ""):
             return f": the owner of function {function[1]} lacks a right on {kind} {shown}"

@@ -617,6 +617,19 @@ def test_worker_is_told_that_the_first_limit_is_set_by_the_owner(roles):
         assert "default" not in queue.stats()["queues"]  # nothing was changed
 
 
+def test_worker_is_told_which_right_it_lacks_to_move_jobs_to_the_queue(roles, tmp_path):
+    pqueue.open_queue(roles.add("owner", *documented("owner"))).close()
+    worker = roles.add("worker", *documented("worker"))
+    with closing(pqueue.open_queue(tmp_path / "old.db")) as old, closing(pqueue.open_queue(worker)) as new:
+        old.enqueue("t")
+        with pytest.raises(QueueError, match=r"role worker_\w+ lacks UPDATE on sequence pqueue.jobs_id_seq$"):
+            old.copy_to(new)
+        assert new.count_jobs() == 0
+        roles.admin.execute(f"GRANT UPDATE ON ALL SEQUENCES IN SCHEMA pqueue TO {roles.names[1]}")
+        old.copy_to(new)
+        assert new.count_jobs() == 1
+
+
 @pytest.fixture
 def forbid(admin):
     """A function that lets an event trigger of the DBA refuse what changes tables, and one that ends that."""
