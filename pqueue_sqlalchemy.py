@@ -610,7 +610,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             return Conflict(f"cannot write to {self.name}: another writer took the key at the same moment")
         if state == pqueue_postgres.IS_FULL:
             return NoRoom(f"cannot enqueue: {text}")
-        if state in ("40P01", "40001", "55P03"):
+        if state in ("40P01", "40001", "55P03") and "conflict with recovery" not in text:  # a standby's
             return (Conflict if state == "40P01" else QueueBusy)(
                 f"cannot write to {self.name}: another writer held it ({text})"
             )

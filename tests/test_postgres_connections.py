@@ -760,12 +760,14 @@ def test_answer_that_no_other_attempt_changes_is_an_error(answer):
         ("53200", QueueBusy, "cannot use .*: it fails"),  # out of memory
         ("57P03", QueueBusy, "cannot reach .*: it fails"),
         ("57014", QueueBusy, "cannot use .*: it fails"),  # pg_cancel_backend
+        ("40001", QueueBusy, "cannot use .*: canceling statement due to conflict with recovery"),  # of a standby
     ],
 )
 def test_failure_of_a_statement_is_busy_only_if_it_passes(admin, queue, state, kind, said):
+    text = said.rpartition(": ")[2]
     admin.execute(
         "CREATE FUNCTION public.fail() RETURNS trigger LANGUAGE plpgsql AS "
-        f"$$ BEGIN RAISE 'it fails' USING ERRCODE = '{state}'; END $$"
+        f"$$ BEGIN RAISE '{text}' USING ERRCODE = '{state}'; END $$"
     )
     admin.execute("CREATE TRIGGER fail BEFORE INSERT ON pqueue.jobs FOR EACH ROW EXECUTE FUNCTION public.fail()")
     with pytest.raises(kind, match=f"^{said}$") as raised:
