@@ -68,6 +68,8 @@ logging.getLogger("psycopg").addFilter(lambda record: not record.getMessage().st
 # Parameters of libpq, whatever the URL or a service says: a connection for replication executes no statements of ours.
 ALWAYS = {"client_encoding": "UTF8", "replication": ""}
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
+# When that was (monotonic), and how far the server's clock and that of the host were ahead, in seconds
+UNREAD = (-math.inf, 0.0, 0.0)
 BRIEFLY = 0.1  # seconds to wait for what is not needed
 ENQUEUE_TRIES = 100  # while other transactions use and free the key
 SAFE = ["fsync", "full_page_writes"]  # settings of the server that must be on, or "full" holds for no job
@@ -479,7 +481,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         )
         self._listener: ListenConnection | None = None
         self._listener_lock = threading.Lock()
-        self._clock = (-math.inf, 0.0)  # when it was read (monotonic), and its offset, in seconds
+        self._clock = UNREAD
         self._reset_connections()
         self.commit_seconds = 0.0  # a moving average
         self.cannot_wake = False  # the last attempt failed, and was reported
@@ -536,7 +538,8 @@ class OnPostgres(PersistentQSQLAlchemy):
             connection.execute("BEGIN")
             connection.execute("ROLLBACK")
         self._settings = Settings(self.durability, self._milliseconds, connection.info.server_version)
-        if self._is_open:  # another program may have migrated the tables while the connection was lost
+        if self._is_open:  # it may be another server, whose tables another program has migrated
+            self._clock = UNREAD
             found = connection.execute(self._sql("SELECT number FROM version")).fetchall()
             pqueue_schema.expect_known(self.name, self._number(found))
 
@@ -705,13 +708,14 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
     def _time(self, now: float | None) -> float:
         if now is not None:
             return super()._time(now)
-        asked, ahead = self._clock
+        asked, ahead, host_ahead = self._clock
         began = time.monotonic()
-        if began - asked > CLOCK_SECONDS:
+        # This clock stands still while the machine is suspended.
+        if began - asked > CLOCK_SECONDS or abs(time.time() - began - host_ahead) > 1:
             server = float(self._read("SELECT EXTRACT(EPOCH FROM clock_timestamp())")[0][0])
             ended = time.monotonic()
             ahead = server - (began + ended) / 2
-            self._clock = (ended, ahead)  # one assignment: other threads read it
+            self._clock = (ended, ahead, time.time() - ended)  # one assignment: other threads read it
         return time.monotonic() + ahead
 
     def _store(self, sql: str, row: Params) -> list[JobId[Any]]:

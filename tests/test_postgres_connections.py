@@ -584,6 +584,24 @@ def test_connection_lost_at_any_moment_is_one_error_and_nothing_in_the_log(admin
     assert [each.getMessage() for each in caplog.records if each.name.startswith(("psycopg", "sqlalchemy"))] == []
 
 
+def test_machine_that_was_suspended_soon_knows_the_time(queue):
+    """Its monotonic clock stood still, while those of the server and the host went on."""
+    queue.now()
+    monotonic = time.monotonic
+    with mock.patch.object(time, "monotonic", lambda: monotonic() - 3600):
+        assert abs(queue.now() - time.time()) < 60
+
+
+def test_program_that_connects_to_another_server_uses_its_clock(admin, queue):
+    queue.now()
+    asked, ahead, *host = queue._clock
+    queue._clock = (asked, ahead + 3600, *host)
+    assert abs(queue.now() - time.time()) > 3500
+    lose_connections(admin)
+    until_connected(lambda: queue.enqueue("t"))
+    assert abs(queue.now() - time.time()) < 60
+
+
 # What a failure to connect says
 
 
