@@ -179,6 +179,35 @@ def test_connection_is_used_again(queue):
     assert queue._read("SELECT pg_backend_pid()") == queue._read("SELECT pg_backend_pid()")
 
 
+def test_interruption_is_put_off_while_a_statement_is_executed_alone(queue):
+    def state():
+        return queue.in_transaction, queue.uses_database(threading.get_ident())
+
+    def look(link):
+        seen.append(state())
+        give_back(link)
+
+    queue.enqueue("t")
+    seen, give_back = [], queue._pool.give_back
+    with mock.patch.object(queue._pool, "give_back", look):
+        queue.get(1)
+        with pytest.raises(QueueError, match="division by zero"):
+            queue._read("SELECT 1 / 0")
+    assert seen == [(True, True)] * 2
+    assert state() == (False, False)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_transaction_finds_none_that_sqlalchemy_left_open(queue, ends):
+    for _ in range(2):
+        with suppress(ZeroDivisionError), queue.transaction() as db:
+            assert not db.in_transaction()
+            db.exec_driver_sql("SELECT 1")
+            assert db.in_transaction()
+            if not ends:
+                raise ZeroDivisionError
+
+
 def test_forked_child_and_parent_each_have_connections_of_their_own(admin, queue):
     queue.enqueue_many("t", range(4))
     job = queue.dequeue("w")

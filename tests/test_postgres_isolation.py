@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from unittest import mock
 
 import psycopg
@@ -26,7 +26,7 @@ from test_postgres import (
 
 import pqueue
 from pqueue import NotStored, QueueBusy, QueueError
-from pqueue_connections import parse_url
+from pqueue_connections import Link, parse_url
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
 from test_pqueue import wait_until
 
@@ -113,10 +113,42 @@ CREATE FUNCTION override.never(text, text) RETURNS bool LANGUAGE sql AS 'SELECT 
 CREATE OPERATOR override.= (LEFTARG = text, RIGHTARG = text, FUNCTION = override.never)"""
 
 
+class Older:
+    """A connection to a server before PostgreSQL 18, which does not report the search_path."""
+
+    def __init__(self, driver):
+        self._driver, self.pgconn = driver, self
+
+    def __getattr__(self, name):
+        return getattr(self._driver, name)
+
+    def parameter_status(self, name):
+        return None if name == b"search_path" else self._driver.pgconn.parameter_status(name)
+
+
+def let_server_be_older(monkeypatch):
+    ours = Link.ours
+
+    @contextmanager
+    def of_an_older_server(link):
+        with mock.patch.object(link, "driver", Older(link.driver)), ours(link):
+            yield
+
+    monkeypatch.setattr(Link, "ours", of_an_older_server)
+
+
 @pytest.mark.parametrize("where", ["transaction", "join"])
-@pytest.mark.parametrize("sets_it", [True, False], ids=["by SET", "of the database"])
-def test_verbs_in_a_transaction_call_no_function_of_the_application(database, admin, where, sets_it):
+@pytest.mark.parametrize(
+    ("sets_it", "is_older"),
+    [(True, False), (False, False), (False, True)],
+    ids=["by SET", "of the database", "of the database on an older server"],
+)
+def test_verbs_in_a_transaction_call_no_function_of_the_application(
+    database, admin, monkeypatch, where, sets_it, is_older
+):
     """Even if its search_path puts them before those of PostgreSQL, as for tests with a now() of their own."""
+    if is_older:
+        let_server_be_older(monkeypatch)
     admin.execute(OVERRIDES)
     path = "override, public, pg_catalog"
     if not sets_it:
