@@ -825,7 +825,7 @@ SELECT format('row-level security is on for table %1$s: it hides rows from all r
     'run ALTER TABLE %1$s DISABLE ROW LEVEL SECURITY', oid::regclass)
 FROM pg_class WHERE relnamespace = '{SCHEMA}'::regnamespace AND relrowsecurity
 UNION ALL SELECT format('table {SCHEMA}.%1$s has a rule, which replaces statements: '
-    'run DROP RULE %2$s ON {SCHEMA}.%1$s', tablename, rulename)
+    'run DROP RULE %2$I ON {SCHEMA}.%1$s', tablename, rulename)
 FROM pg_rules WHERE schemaname = {THIS_SCHEMA} AND tablename = ANY ('{{{", ".join(TABLES)}}}')""",
     # Our functions run with the rights of their owners, who may not write the tables.
     "owners without rights": f"""
@@ -838,7 +838,7 @@ WHERE pronamespace = '{SCHEMA}'::regnamespace AND prosecdef AND NOT (
     # A busy queue has many dead rows between two vacuums, so only if none has ended lately.
     "dead rows": f"""
 SELECT format('table %1$s has %2$s dead rows and %3$s live ones, and no vacuum has ended for {VACUUM_SECONDS} s: '
-    'run VACUUM {SCHEMA}.%1$s', relname, n_dead_tup, n_live_tup)
+    'run VACUUM {SCHEMA}.%1$I', relname, n_dead_tup, n_live_tup)
 {MANY_DEAD} AND coalesce(greatest(last_vacuum, last_autovacuum)
     < clock_timestamp() - make_interval(secs => {VACUUM_SECONDS}), true)""",
     # A REINDEX CONCURRENTLY that failed leaves an invalid index. So is one that is being built; a role may not see of
@@ -904,6 +904,10 @@ def temporary(sql: str) -> str:
     return USED_TABLE.sub(rf"\1 {SCHEMA}.\2", sql).replace(SCHEMA, TEMPORARY)
 
 
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
 def drift(model: list[Part], found: list[Part], schema: str, *, has_limits: bool) -> list[str]:
     """Return a sentence for each part of the schema that is missing or was changed, given all parts of a new one."""
     names = re.compile(rf"\b(?:{TEMPORARY}(?:_\d+)?|{re.escape(schema)})\b\.?")
@@ -935,14 +939,14 @@ def drift(model: list[Part], found: list[Part], schema: str, *, has_limits: bool
             expected = f": expected {text}, got {got}" if kind == "column" else ""
             problems.append(f"{what} was changed{expected}: replace it by what docs/postgres.sql shows")
     problems += [
-        f"trigger {name} of table {table} is not ours, and may drop or change rows: run DROP TRIGGER {name} ON "
-        f"{names_in(schema)[SCHEMA]}.{table}"
+        f"trigger {name} of table {table} is not ours, and may drop or change rows: run DROP TRIGGER {_quoted(name)} "
+        f"ON {names_in(schema)[SCHEMA]}.{table}"
         for (kind, table, name), text in there.items()
         if kind == "trigger" and " BEFORE " in text
     ]
     return problems + [
         f"column {name} of table {table} needs a value, so that no row can be inserted: run ALTER TABLE "
-        f"{names_in(schema)[SCHEMA]}.{table} ALTER COLUMN {name} DROP NOT NULL"
+        f"{names_in(schema)[SCHEMA]}.{table} ALTER COLUMN {_quoted(name)} DROP NOT NULL"
         for (kind, table, name), text in there.items()
         if kind == "column" and "NOT NULL" in text and not re.search("DEFAULT|IDENTITY|ALWAYS", text)
     ]

@@ -1822,7 +1822,7 @@ SELECT format('row-level security is on for table %1$s: it hides rows from all r
     'run ALTER TABLE %1$s DISABLE ROW LEVEL SECURITY', oid::regclass)
 FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace AND relrowsecurity
 UNION ALL SELECT format('table pqueue.%1$s has a rule, which replaces statements: '
-    'run DROP RULE %2$s ON pqueue.%1$s', tablename, rulename)
+    'run DROP RULE %2$I ON pqueue.%1$s', tablename, rulename)
 FROM pg_rules WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND tablename = ANY ('{jobs, queues, queue_tasks, queue_groups, group_weights, group_starts, consumers, history, schedules, dependencies, handlers, outcomes, version, pending_counts, pending_changes, group_events}');
 
 -- HEALTH: owners without rights
@@ -1835,7 +1835,7 @@ WHERE pronamespace = 'pqueue'::regnamespace AND prosecdef AND NOT (
 
 -- HEALTH: dead rows
 SELECT format('table %1$s has %2$s dead rows and %3$s live ones, and no vacuum has ended for 600 s: '
-    'run VACUUM pqueue.%1$s', relname, n_dead_tup, n_live_tup)
+    'run VACUUM pqueue.%1$I', relname, n_dead_tup, n_live_tup)
 FROM pg_stat_user_tables
 WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND n_dead_tup > 100000 + 2 * n_live_tup AND coalesce(greatest(last_vacuum, last_autovacuum)
     < clock_timestamp() - make_interval(secs => 600), true);

@@ -546,7 +546,7 @@ DRIFT = [
     (
         "CREATE TRIGGER spy BEFORE UPDATE ON pqueue.jobs FOR EACH ROW "
         "EXECUTE FUNCTION suppress_redundant_updates_trigger()",
-        "trigger spy of table jobs is not ours, and may drop or change rows: run DROP TRIGGER spy ON pqueue.jobs",
+        'trigger spy of table jobs is not ours, and may drop or change rows: run DROP TRIGGER "spy" ON pqueue.jobs',
     ),
     ("DROP TRIGGER pending_insert ON pqueue.jobs", "trigger pending_insert of table jobs is missing"),
     ("ALTER FUNCTION pqueue.note_group SECURITY INVOKER", "function note_group was changed: replace it by what docs"),
@@ -617,6 +617,30 @@ def test_check_finds_what_makes_the_tables_unsound(queue, database, damage, prob
     problems = queue.check(thorough=False)["problems"]
     assert len(problems) == 1
     assert re.match(problem, problems[0]), problems
+
+
+def test_statement_that_check_advises_names_what_must_be_quoted(database):  # noqa: F811
+    url = f"{database}{'&' if '?' in database else '?'}schema=Team-A"
+    with closing(pqueue.open_queue(url)) as queue, psycopg.connect(database, autocommit=True) as admin:
+        queue.enqueue("t")
+        for sql in (
+            'ALTER TABLE "Team-A".jobs ADD "It\'s" int NOT NULL DEFAULT 1',
+            'ALTER TABLE "Team-A".jobs ALTER "It\'s" DROP DEFAULT, SET (autovacuum_enabled = off)',
+            'CREATE TRIGGER "a ""spy""" BEFORE UPDATE ON "Team-A".jobs FOR EACH ROW '
+            "EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+            'CREATE RULE "Keep" AS ON DELETE TO "Team-A".history DO INSTEAD NOTHING',
+            'CREATE INDEX "Mine" ON "Team-A".jobs (created_at)',
+            'UPDATE pg_index SET indisvalid = false WHERE indexrelid = \'"Team-A"."Mine"\'::regclass',
+            'ALTER TABLE "Team-A".history ENABLE ROW LEVEL SECURITY',
+            'ALTER TABLE "Team-A".jobs DISABLE TRIGGER group_insert',
+            "SELECT setval('\"Team-A\".jobs_id_seq', 1, false)",
+        ):
+            admin.execute(sql)
+        problems = queue.check()["problems"]
+        assert len(problems) == 8
+        for each in problems:
+            admin.execute(each.rpartition(": run ")[2] if ": run " in each else each.rpartition("; run ")[2])
+        assert queue.check()["problems"] == []
 
 
 def parts_of(queue):
