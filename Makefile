@@ -18,7 +18,7 @@ help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 run: $(VENV)/requirements.txt  ## Run the whole system in the foreground; Ctrl-C stops it
-	@umask 077; $(BIN)/python ops.py --check && PATH="$(CURDIR)/$(BIN):$$PATH" exec $(BIN)/supervisord -n -c supervisord.conf
+	@umask 077; mkdir -p var/log var/supervisor.d; $(BIN)/python ops.py --check && PATH="$(CURDIR)/$(BIN):$$PATH" exec $(BIN)/supervisord -n -c supervisord.conf
 
 quick: $(READY)  ## Check format, lint and types, and run the contract suite on SQLite and the model test
 	@$(BIN)/python tests/run.py quick
