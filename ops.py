@@ -23,9 +23,10 @@ import os
 import socket
 import sys
 
-from pqueue_tools.dashboard import allowed_hosts, expect_url, has_streamlit, prefix, user_header
+from pqueue import QueueError
+from pqueue_tools.dashboard import allowed_hosts, expect_url, has_streamlit, password_for, prefix, user_header
 from pqueue_tools.dashboard_http import address, listen_error, serve
-from pqueue_tools.process import OneLineParser, not_blank, print_error, whole_number, writes_to_stdout
+from pqueue_tools.process import OneLineParser, not_blank, print_error, report, whole_number, writes_to_stdout
 from pqueue_values import program_name
 
 # python -m streamlit would prefer modules of the current folder to those of the standard library.
@@ -35,15 +36,15 @@ STREAMLIT = "import sys; sys.path[:] = filter(None, sys.path); from streamlit.we
 @writes_to_stdout("ops")
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    uses_streamlit = options.streamlit and has_streamlit()
     try:
         path = prefix()
         allowed_hosts()
         user_header()
         expect_url()
-    except ValueError as error:
-        print_error("ops", error)
-        return 2
-    uses_streamlit = options.streamlit and has_streamlit()
+        password = None if uses_streamlit else password_for(options.host)
+    except (QueueError, ValueError) as error:
+        return report("ops", error)
     if options.check or uses_streamlit:
         # Streamlit binds the port in a new process, and --check before the dashboard starts: so see whether it is free.
         family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
@@ -60,8 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
         command += [f"--server.address={options.host}", f"--server.port={options.port}", f"--server.baseUrlPath={path}"]
         os.execv(sys.executable, command)
     if options.streamlit:
-        print_error("ops", "Streamlit 1.55 is not installed, so this is the page without it: pip install -U streamlit")
-    return serve(options.host, options.port)
+        print_error(
+            "ops", "no Streamlit 1.55 or newer is installed, so this is the page without it: pip install -U streamlit"
+        )
+    return serve(options.host, options.port, password)
 
 
 def _parser() -> argparse.ArgumentParser:

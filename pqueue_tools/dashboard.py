@@ -119,12 +119,15 @@ def has_streamlit() -> bool:
 
 def expect_url() -> None:
     """Raise ValueError if PQUEUE_URL is invalid, without opening the queue."""
-    if not pqueue.is_postgres():
-        pqueue.sqlite_path()
-    elif find_spec("psycopg"):
-        from pqueue_connections import parse_url
+    try:
+        if not pqueue.is_postgres():
+            pqueue.sqlite_path()
+        elif find_spec("psycopg"):
+            from pqueue_connections import parse_url
 
-        parse_url(os.environ["PQUEUE_URL"])
+            parse_url(os.environ["PQUEUE_URL"])
+    except ValueError as error:
+        raise ValueError(f"{error}; check PQUEUE_URL") from None
 
 
 def without_prefix(path: str) -> str:
@@ -152,7 +155,9 @@ def allowed_hosts() -> set[str]:
     for each in os.environ.get("PQUEUE_OPS_HOSTS", "").replace(",", " ").split():
         name = host_name(f"[{each}]" if each.count(":") > 1 and "[" not in each else each)
         if not name:
-            raise ValueError(f"expected names or addresses in PQUEUE_OPS_HOSTS, as a browser is given, got {each!r}")
+            raise ValueError(
+                f"expected names or addresses in PQUEUE_OPS_HOSTS, such as queue.example.org, got {each!r}"
+            )
         found.add(name)
     return found
 
@@ -167,6 +172,14 @@ def is_address(name: str) -> bool:
 
 def is_loopback(name: str) -> bool:
     return name == "localhost" or (is_address(name) and ipaddress.ip_address(name).is_loopback)
+
+
+def password_for(host: str) -> str | None:
+    """Return the password. Raises ValueError if there is none and this host is not loopback."""
+    password = os.environ.get("PQUEUE_OPS_PASSWORD") or None
+    if password is None and not is_loopback(host):
+        raise ValueError(f"expected a password in PQUEUE_OPS_PASSWORD to serve on {host}")
+    return password
 
 
 def is_ours(host: str) -> bool:

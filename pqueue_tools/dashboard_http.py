@@ -439,12 +439,8 @@ def listen_error(error: Exception, host: str, port: int) -> str:
     return f"cannot serve on {host}:{port}: {error}"
 
 
-def serve(host: str, port: int) -> int:
+def serve(host: str, port: int, password: str | None) -> int:
     """Serve until TERM, INT or HUP; return the exit code."""
-    password = os.environ.get("PQUEUE_OPS_PASSWORD") or None
-    if password is None and not dashboard.is_loopback(host):
-        print_error("ops", f"expected a password in PQUEUE_OPS_PASSWORD to serve on {host}")
-        return 2
     try:
         server = Server(host, port, password)
     except (OSError, TypeError, ValueError) as error:

@@ -386,6 +386,7 @@ def test_wrong_arguments_get_one_line(place, program, arguments, code, message):
         ("consumer.py", "PQUEUE_URL", "mysql://h/d"),
         ("producer.py", "PQUEUE_DURABILITY", "fast"),
         ("consumer.py", "PQUEUE_GROUP", "no such group"),
+        ("ops.py", "PQUEUE_URL", "mysql://h/d"),
         ("ops.py", "PQUEUE_OPS_PORT", "x"),
         ("ops.py", "PQUEUE_OPS_PREFIX", "queue"),
         ("ops.py", "PQUEUE_OPS_HOSTS", "http://h"),

@@ -1063,6 +1063,15 @@ def test_dashboard_whose_settings_are_invalid_does_not_start(folder, monkeypatch
     assert not os.execv.called
 
 
+def test_dashboard_whose_folder_was_deleted_says_so_in_one_line(folder, monkeypatch, capsys):
+    monkeypatch.delenv("PQUEUE_URL", raising=False)
+    (folder / "gone").mkdir()
+    monkeypatch.chdir(folder / "gone")
+    (folder / "gone").rmdir()
+    assert ops.main(["--check", "--port", "0"]) == 1
+    assert re.fullmatch(r"ops\.py: .*the current folder was deleted; .*\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("installed", "is_used"), [("1.54.9", False), ("0.99", False), ("1.55.0", True), ("2.0rc1", True)]
 )
@@ -1073,7 +1082,7 @@ def test_dashboard_uses_no_streamlit_that_is_too_old(folder, monkeypatch, capsys
     with suppress(SystemExit):
         assert ops.main(["--streamlit", "--port", "0"]) == 0
     assert (os.execv.called, ops.serve.called) == (is_used, not is_used)
-    assert ("Streamlit 1.55 is not installed" in capsys.readouterr().err) == (not is_used)
+    assert ("no Streamlit 1.55 or newer is installed" in capsys.readouterr().err) == (not is_used)
 
 
 def test_folder_named_streamlit_is_not_taken_for_it(monkeypatch):
@@ -1525,8 +1534,9 @@ def test_reader_who_never_reads_delays_no_other(queue, site):
 
 def test_other_addresses_need_a_password_and_a_wrong_one_costs_time(queue, folder, monkeypatch, capsys):
     monkeypatch.setattr(dashboard_http, "WRONG_PASSWORD_SECONDS", 0.2)
-    assert ops.main(["--host", "0.0.0.0", "--port", "0"]) == 2
-    assert "expected a password in PQUEUE_OPS_PASSWORD" in capsys.readouterr().err
+    for arguments in ([], ["--check"]):
+        assert ops.main(["--host", "0.0.0.0", "--port", "0", *arguments]) == 2
+        assert "expected a password in PQUEUE_OPS_PASSWORD" in capsys.readouterr().err
     site = Site("0.0.0.0", "open sesame")
     try:
         assert site.ask("/")[0] == 401
