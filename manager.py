@@ -21,7 +21,7 @@ import sys
 from contextlib import suppress
 
 from pqueue import QueueError, open_queue
-from pqueue_tools.process import OneLineParser, module_name, not_blank, print_error, whole_number, writes_to_stdout
+from pqueue_tools.process import OneLineParser, module_name, not_blank, report, whole_number, writes_to_stdout
 from pqueue_tools.record import MAX_CONCURRENCY
 from pqueue_tools.report import count, span
 from pqueue_tools.supervisor import (
@@ -45,9 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with termination.ExitOnSignal():
             _act(options)
-    except (ManagerError, OSError) as error:
-        print_error("manager", error)
-        return 1
+    except (ManagerError, OSError, ValueError) as error:
+        return report("manager", error)
     return 0
 
 

@@ -120,7 +120,7 @@ def write_configuration(queues: list[str] | None, modules: list[str] | None, con
     """Write supervisord.conf and create its folders in the current folder, to run this copy of the programs.
 
     With modules, the consumers run their tasks instead of the built-in one, and no producer is configured. Raises
-    ManagerError.
+    ManagerError, and ValueError for a name that supervisord cannot read.
     """
     sections = _shipped("supervisord.conf").read_text(encoding="utf-8").split("\n\n")
     text = "\n\n".join(each for each in sections if not (modules and "[program:producer]" in each))
@@ -141,7 +141,7 @@ def add_group(
 ) -> str:
     """Add a group of this many consumers, wait until all have started, and return its name.
 
-    If this fails, remove the group again. Raises ManagerError.
+    If this fails, remove the group again. Raises ManagerError, and ValueError for a name that supervisord cannot read.
     """
     command = _in_configuration(_command("consumer") + _options(queues, modules, concurrency))
     used = {each["group"] for each in processes()}
@@ -309,7 +309,7 @@ def _options(queues: list[str] | None, modules: list[str] | None, concurrency: i
 def _in_configuration(words: list[str]) -> str:
     for word in words:
         if not word.isprintable() or any(mark in word for mark in (";", "#", "%(")):
-            raise ManagerError(
+            raise ValueError(
                 f"expected a printable name without ; # or %(, which supervisord cannot read, got {word!r}"
             )
     return shlex.join(words).replace("%", "%%")

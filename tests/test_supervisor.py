@@ -397,7 +397,7 @@ def test_manager_reports_problems_in_one_line(system):
         (["--remove", "consumer"], 1, "expected an added group, got 'consumer'; there are: none"),
         (["--remove", "../../etc"], 1, "expected an added group"),
         (["--stop", "nobody"], 1, "expected one of consumer:consumer_00"),
-        (["--count", "1", "--queue", "a ;b"], 1, "without ; # or %("),
+        (["--count", "1", "--queue", "a ;b"], 2, "without ; # or %("),
         (["--count", "0"], 2, "expected a whole number from 1 to 1000, got '0'"),
         ([], 2, "one of the arguments"),
     ]:
