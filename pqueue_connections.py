@@ -198,8 +198,11 @@ def answers(error: Exception) -> list[str]:
     """Return what each host answered, with its address and port."""
     text = str(error).strip()
     _, _, several = text.partition("All failures were:\n")
-    found = re.findall(r"^- (host: .*)", several, re.MULTILINE) or [text.split("\n")[0]]
-    return [re.sub("^(host: .*?: )?(connection failed: )?(?=connection (to|is) )", "", each) for each in found]
+    # libpq tries the hosts of a service, and a host with and without TLS: its first answer says why.
+    of_libpq = [text.split("\n")[0], *re.findall("^connection to server .*", text, re.MULTILINE)]
+    found = re.findall(r"^- (host: .*)", several, re.MULTILINE) or of_libpq
+    said = [re.sub("^(host: .*?: )?(connection failed: )?(?=connection (to|is) )", "", each) for each in found]
+    return list({each.partition(" failed: ")[0]: each for each in said[::-1]}.values())[::-1]
 
 
 def unresolved(hosts: str) -> list[str]:

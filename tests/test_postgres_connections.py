@@ -990,6 +990,16 @@ def test_each_host_is_reported_with_its_answer_and_port(strict):
     )
 
 
+def test_each_host_of_a_service_is_reported(strict, tmp_path):
+    ports = f"{free_port()},{strict.port}"
+    file = tmp_path / "services"
+    file.write_text(f"[shop]\nhost=127.0.0.1,127.0.0.1\nport={ports}\nuser=ann\npassword=hunter2\ndbname=postgres\n")
+    error = opening("postgresql://?service=shop", PGSERVICEFILE=str(file))
+    assert re.search(f"port {ports.replace(',', ' failed: Connection refused; .*port ')} failed: FATAL", str(error)), (
+        error
+    )
+
+
 @pytest.mark.parametrize("away", ["127.0.0.1", "nosuch.invalid"])
 def test_host_that_does_not_answer_is_reported_beside_one_that_does(away):
     """Not even a host that has no address."""
