@@ -537,20 +537,37 @@ def run_task(
 
     Raises what the task raises, or LookupError for an unknown task.
 
-    run_coroutine: runs an async task; None: asyncio.run.
+    run_coroutine: runs an async task; None: as asyncio.run does.
     """
     before = _current.get()
     try:
         result = call_task(queue, job)
-        if type(result) is not CoroutineType:
-            return result
-        if run_coroutine is None:
-            import asyncio  # only for async tasks: it takes 30 ms
-
-            run_coroutine = asyncio.run
-        return run_coroutine(result)
+        return (run_coroutine or run_async)(result) if type(result) is CoroutineType else result
     finally:
         _current.set(before)
+
+
+def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine as asyncio.run does, also one that raises an error whose own code raises another.
+
+    asyncio calls such code when a task of its loop ends with the error, and then never stops the loop. So none does.
+    """
+    import asyncio  # only for async tasks: it takes 30 ms
+
+    failed: list[BaseException] = []
+
+    async def main() -> Any:
+        try:
+            return await coroutine
+        except BaseException as error:
+            if type(error) is asyncio.CancelledError:  # by Ctrl-C, for example
+                raise
+            failed.append(error)
+
+    result = asyncio.run(main())
+    if failed:
+        raise failed.pop()
+    return result
 
 
 def backoff_seconds(attempts: int, base_seconds: float = 5.0, cap_seconds: float = MAX_BACKOFF_SECONDS) -> float:

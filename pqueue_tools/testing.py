@@ -17,7 +17,7 @@ from unittest import mock
 
 from pqueue import TASKS, Job, PersistentQInterface, Snooze, Task, open_queue, run_task
 from pqueue_files import temporary_folder
-from pqueue_tasks import as_current, opened
+from pqueue_tasks import as_current, opened, run_async
 from pqueue_tools.outcome import settle
 from pqueue_values import MAX_NUMBER
 
@@ -115,12 +115,10 @@ def _run(queue: PersistentQInterface, job: Job, now: float | None) -> BaseExcept
     except (Exception, SystemExit) as caught:
         error = caught
     raised = settle(queue, job, error, result, now=now)
-    return None if isinstance(raised, Snooze) else raised
+    return None if issubclass(type(raised), Snooze) else raised  # isinstance may run code of the error
 
 
 def _run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run it in a thread, as the test itself may run in an event loop."""
-    import asyncio
-
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(copy_context().run, asyncio.run, coroutine).result()
+        return pool.submit(copy_context().run, run_async, coroutine).result()

@@ -27,6 +27,7 @@ import pqueue
 from pqueue import DatabaseReplaced, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError
 from pqueue_backend import Registration
 from pqueue_groups import claim_filter
+from pqueue_tasks import run_async
 from pqueue_tools import file_task, leases, processes, termination
 from pqueue_tools import record as fields
 from pqueue_tools.masking import masked_text
@@ -425,8 +426,6 @@ class Consumer:
 
         from pqueue_tools.concurrency import open_transaction, watch_tasks
 
-        failed: list[BaseException] = []  # asyncio calls code of an error that it gets: its loop would not end
-
         async def main() -> Any:
             loop = asyncio.get_running_loop()
             watch_tasks(loop, bool, lambda: open_transaction(self.queue))
@@ -434,17 +433,12 @@ class Consumer:
             self._cancel = lambda reason: loop.call_soon_threadsafe(task.cancel, str(reason))
             try:
                 return await task
-            except BaseException as error:
-                failed.append(error)
             finally:
                 self._cancel = None
 
         self._interrupted = None
         try:
-            result = asyncio.run(main())
-            if failed:
-                raise failed.pop()
-            return result
+            return run_async(main())
         except asyncio.CancelledError as error:
             if self._interrupted is None:
                 raise

@@ -1,9 +1,11 @@
 """The helpers for tests of an application."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -116,6 +118,24 @@ def test_drain_fails_a_job_whose_task_exits(queue):
     leave.enqueue()
     (job,) = testing.drain(queue)
     assert (job.state, job.error.splitlines()[0]) == ("failed", "SystemExit: 3")
+
+
+@pytest.mark.parametrize("run", [testing.drain, lambda queue: pqueue.run_task(queue, queue.dequeue("w"))])
+def test_async_task_whose_error_raises_errors_itself_ends(queue, run):
+    class Evil(Exception):
+        def __getattribute__(self, name):
+            raise RuntimeError("evil")
+
+    @task(max_attempts=1)
+    async def fall():
+        raise Evil
+
+    fall.enqueue()
+    signal.alarm(60)  # instead of a loop that never ends
+    with suppress(Evil):
+        (job,) = run(queue)
+        assert job.error.startswith("Evil: ")
+    signal.alarm(0)
 
 
 def test_failure_handler_of_a_task_runs_as_with_a_consumer(queue):
