@@ -52,8 +52,6 @@ COMMON_SIGNALS = [
 ]
 TIMERS = [getattr(signal, name) for name in ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF")]
 LIMITS = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
-
-
 HEAP_TYPE, IMMUTABLE_TYPE = 1 << 9, 1 << 8  # flags of classes
 
 
@@ -93,6 +91,18 @@ def kept(name: str, mapping: dict[Any, Any], wanted: Callable[[Any], bool] = boo
     """Return a setting: such values of this mapping; others may be added."""
     before = {key: value for key, value in mapping.items() if wanted(value)}
     return Setting(name, lambda: before.items() <= mapping.items(), lambda _: mapping.update(before))
+
+
+def each_of(
+    name: str, keys: Sequence[Any], get: Callable[[Any], Any], restore: Callable[[Any, Any], object], **options: bool
+) -> Setting:
+    """Return a setting: what `get` returns for each of these keys, and `restore` sets again."""
+
+    def restore_all(before: list[Any]) -> None:
+        for key, value in zip(keys, before, strict=True):
+            restore(key, value)
+
+    return Setting(name, lambda: list(map(get, keys)), restore_all, **options)
 
 
 class Code(Setting):
@@ -167,13 +177,13 @@ def _settings(folder: int | None) -> Iterator[Setting]:
     for module in (os, sys, signal):
         yield kept(f"constants of {module.__name__}", vars(module), lambda value: isinstance(value, (int, str)))
     # before what needs descriptors and memory
-    yield Setting("resource limits", lambda: list(map(resource.getrlimit, LIMITS)), _set_limits, is_fatal=True)
+    yield each_of("resource limits", LIMITS, resource.getrlimit, _set_limit, is_fatal=True)
     yield Setting("the root directory or a namespace", lambda: (os.stat("/")[1:3], _namespaces()), is_fatal=True)
     ids = [getattr(os, f"get{name}") for name in ("uid", "euid", "gid", "egid", "groups")]
     yield Setting("the account", lambda: [get() for get in ids], is_fatal=True)
     yield Setting("the working directory", _working_directory, lambda _: os.fchdir(folder or 0))
     yield Setting("the umask", _umask, os.umask)
-    yield Setting("locked memory", _locks_all_memory, lambda _: processes.unlock_memory())
+    yield Setting("locked memory", _locks_all_memory, lambda _: processes.libc().munlockall())
     yield Setting("environment variables", _environment, _set_environment)
     yield kept("the encoding of environment variables", vars(os.environ), callable)
     yield Setting("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda to: locale.setlocale(locale.LC_ALL, to))
@@ -189,7 +199,7 @@ def _settings(folder: int | None) -> Iterator[Setting]:
         yield Setting("the scheduling policy", lambda: os.sched_getscheduler(0))
     yield Setting("the process group", lambda: (os.getpgrp(), os.getsid(0)))
     yield Setting("the control group", lambda: _proc("cgroup"))
-    yield Setting("the personality", processes.personality, processes.set_personality)
+    yield Setting("the personality", processes.personality, lambda flags: processes.libc().personality(flags))
     yield Setting("the weight for the OOM killer", lambda: _proc("oom_score_adj"), _set_oom_score)
     yield Setting("attributes of prctl", processes.attributes, processes.set_attributes)
 
@@ -197,7 +207,7 @@ def _settings(folder: int | None) -> Iterator[Setting]:
 def thread_settings(files: Collection[int] = ()) -> Iterator[Setting]:
     """Yield the settings of the calling thread, which must also compare and restore them. files: its descriptors."""
     files = [each for each in files if _identity(each) and _is_socket(each)]  # not what other threads open meanwhile
-    yield Setting("flags of descriptors", lambda: [(each, *_flags(each)) for each in files], _set_all_flags)
+    yield each_of("flags of descriptors", files, _flags, _set_flags)
     mask = partial(signal.pthread_sigmask, signal.SIG_BLOCK, ()), partial(signal.pthread_sigmask, signal.SIG_SETMASK)
     yield Setting("the signal mask", *mask)
     yield Setting("a trace function", sys.gettrace, sys.settrace)
@@ -211,9 +221,8 @@ def thread_settings(files: Collection[int] = ()) -> Iterator[Setting]:
 
 
 def _interpreter_settings() -> Iterator[Setting]:
-    yield Setting(
-        "a trace function of threads", lambda: [getattr(threading, name, None) for name in TRACES], _set_traces
-    )
+    traces = partial(getattr, threading), partial(setattr, threading)
+    yield each_of("a trace function of threads", ("_trace_hook", "_profile_hook"), *traces)
     yield Setting("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit)
     yield Setting("the switch interval", sys.getswitchinterval, sys.setswitchinterval)
     yield Setting("the thread stack size", threading.stack_size, threading.stack_size)
@@ -236,7 +245,7 @@ def _interpreter_settings() -> Iterator[Setting]:
     yield Setting("sys.modules", lambda: loaded.items() <= sys.modules.items(), lambda _: _set_modules(modules, loaded))
     yield Setting("an interpreter", _count_interpreters)
     yield Setting("builtins", lambda: dict(vars(builtins)), _set_builtins)
-    yield Setting("error handlers of codecs", lambda: list(map(codecs.lookup_error, CODEC_ERRORS)), _set_codec_errors)
+    yield each_of("error handlers of codecs", CODEC_ERRORS, codecs.lookup_error, codecs.register_error)
     yield kept("the registered tasks", pqueue.TASKS)
 
 
@@ -265,8 +274,7 @@ class ProcessState:
         self._arm, self._queue, self._ours = arm, queue, ours
         self.must_end = False  # this process cannot be restored
         self.is_broken = False  # and must not use the database any more
-        self._clean = Counter[str]()  # runs of each task that left nothing
-        self._trusted: set[str] = set()
+        self._clean = Counter[str]()  # runs of each task that left nothing; below 0 once it left something
         self._full_at = 0.0  # monotonic seconds
         self._threads = set(threading.enumerate())
         self._thread_count = _thread._count()
@@ -280,7 +288,7 @@ class ProcessState:
         self._raw_threads = _raw_threads()
         self._code = list(_used_code(queue))
         self._settings = list(_settings(self._folder))
-        self._descriptors = {number: _identity(number) for number in open_descriptors() if not _is_socket(number)}
+        self._descriptors = _other_than_sockets()
         self._note_database()
         settings, renew = lambda: queue.connection_settings, lambda _: self.renew_connection()
         self._connection = Setting("a changed connection", settings, renew, is_fatal=True)
@@ -288,7 +296,7 @@ class ProcessState:
     def left_behind(self, task: str, seconds: float) -> list[str]:
         """Undo what a task has changed, and return what that was. seconds: how long the task ran."""
         is_short = seconds < LONG_SECONDS and time.monotonic() < self._full_at + FULL_SECONDS
-        if is_short and task in self._trusted and self._seems_clean():
+        if is_short and self._clean[task] >= TRUSTED_RUNS and self._seems_clean():
             return []
         self._full_at = time.monotonic()
         try:
@@ -297,18 +305,12 @@ class ProcessState:
             self.must_end = self.is_broken = True
             left = [f"a state that cannot be read ({type(error).__name__})"]
         self._clean[task] = -(10**9) if left else self._clean[task] + 1
-        if self._clean[task] == TRUSTED_RUNS:
-            self._trusted.add(task)
-        if left:
-            self._trusted.discard(task)
         return left
 
     def _note_database(self) -> None:
         """Note the descriptors that SQLite writes to, and their flags, which few other files have."""
         files = [found[1:3] for suffix in ("", "-wal") if (found := status(f"{self._queue.name}{suffix}"))]
-        self._database = {
-            number: found[2:] for number, found in self._descriptors.items() if found and found[:2] in files
-        }
+        self._database = {number: found[2:] for number, found in self._descriptors.items() if found[:2] in files}
 
     def would_damage_database(self) -> bool:
         """Return whether what is written would not reach its place: a task has closed a descriptor of the database, put
@@ -387,11 +389,11 @@ class ProcessState:
     def _reset_descriptors(self) -> Iterator[str]:
         """Undo what a task has changed in the descriptors of this process, and yield what that was."""
         for number, before in self._descriptors.items():
-            if before is None or (now := _identity(number)) == before:
+            if (now := _identity(number)) == before:
                 continue
             is_open = now is not None and now[:2] == before[:2]
             if is_open:
-                _set_flags(number, *before[2:])
+                _set_flags(number, before[2:])
             elif number < 3 and (copy := self._copies[number]) is not None:
                 os.dup2(copy, number)
             if _identity(number) != before:
@@ -403,14 +405,12 @@ class ProcessState:
 
     def renew_connection(self) -> None:
         """Replace the connection of this thread."""
-        before = {number: _identity(number) for number in open_descriptors()}
+        before = _other_than_sockets()
         self._queue.renew_connection()
-        after = {number: _identity(number) for number in open_descriptors()}
-        for number in {*before, *after}:
-            if (new := after.get(number)) != before.get(number):
-                self._descriptors.pop(number, None)
-                if new and not _is_socket(number):
-                    self._descriptors[number] = new
+        after = _other_than_sockets()
+        for number, _ in before.items() - after.items():
+            self._descriptors.pop(number, None)
+        self._descriptors.update(after.items() - before.items())
         self._note_database()
 
     def _reset_streams(self) -> Iterator[str]:
@@ -448,11 +448,17 @@ class ProcessState:
 
 OF_THREADS = 3 << 31  # signals 32 and 33, which the C library handles when a first thread starts
 NAMESPACES = ("mnt", "net", "user", "ipc", "uts", "cgroup", "pid_for_children", "time_for_children")
-TRACES = ("_trace_hook", "_profile_hook")
 CODEC_ERRORS = [
     *("strict", "ignore", "replace", "backslashreplace", "xmlcharrefreplace", "namereplace"),
     *("surrogateescape", "surrogatepass"),
 ]
+
+
+def _set_limit(limit: int, values: tuple[int, int]) -> None:
+    if (
+        resource.getrlimit(limit) != values
+    ):  # to set it again may be refused, if a setting of the system is lower by now
+        resource.setrlimit(limit, values)
 
 
 def _open_folder() -> int | None:
@@ -465,7 +471,13 @@ def open_descriptors() -> list[int]:
     """Return the open descriptors; on a system without /proc, those that are in use most."""
     with suppress(OSError):
         return [int(name) for name in os.listdir("/proc/self/fd")]  # and one that is closed by now
-    return [number for number in range(64) if _identity(number) is not None]
+    return [number for number in range(64) if _identity(number)]
+
+
+def _other_than_sockets() -> dict[int, tuple[int, ...]]:
+    """Return the open descriptors that are no sockets, with their identities."""
+    found = {number: _identity(number) for number in open_descriptors() if not _is_socket(number)}
+    return {number: each for number, each in found.items() if each}
 
 
 def _identity(number: int) -> tuple[int, ...] | None:
@@ -479,14 +491,9 @@ def _flags(number: int) -> tuple[int, int]:
     return fcntl.fcntl(number, fcntl.F_GETFL), fcntl.fcntl(number, fcntl.F_GETFD)
 
 
-def _set_all_flags(before: list[tuple[int, int, int]]) -> None:
-    for each in before:
-        _set_flags(*each)
-
-
-def _set_flags(number: int, status: int, own: int) -> None:
-    fcntl.fcntl(number, fcntl.F_SETFL, status)
-    fcntl.fcntl(number, fcntl.F_SETFD, own)
+def _set_flags(number: int, flags: Sequence[int]) -> None:
+    fcntl.fcntl(number, fcntl.F_SETFL, flags[0])
+    fcntl.fcntl(number, fcntl.F_SETFD, flags[1])
 
 
 def _is_socket(number: int) -> bool:
@@ -552,7 +559,8 @@ def _set_oom_score(before: bytes) -> None:
 
 
 def _locks_all_memory() -> bool:
-    """Return whether more memory is locked than libraries lock to keep a secret: perhaps all, also what is to come."""
+    """Return whether more memory is locked than libraries lock to keep a secret: perhaps all, and all that is to come,
+    which would take long, or fail at a limit."""
     return any(int(line.split()[1]) > MAX_LOCKED_KB for line in _proc("status").splitlines() if b"VmLck" in line)
 
 
@@ -569,11 +577,6 @@ def _status() -> list[bytes | int]:
 def _raw_threads() -> int:
     """Return the number of threads that `threading` does not know."""
     return _thread._count() - sum(type(each).__name__ != "_DummyThread" for each in threading.enumerate())
-
-
-def _set_traces(before: list[Any]) -> None:
-    for name, function in zip(TRACES, before, strict=True):
-        setattr(threading, name, function)
 
 
 def _set_traceback_limit(before: int | None) -> None:
@@ -674,11 +677,6 @@ def _set_import_hooks(before: tuple[list[Any], list[Any]]) -> None:
     sys.path_importer_cache.clear()
 
 
-def _set_codec_errors(before: list[Any]) -> None:
-    for name, handler in zip(CODEC_ERRORS, before, strict=True):
-        codecs.register_error(name, handler)
-
-
 def _adapters() -> dict[Any, Any]:
     """Return what converts values that the queue stores; a library that a task imports may add others."""
     return {key: sqlite3.adapters[key] for key in sqlite3.adapters if key[0] in (int, float, str, bytes, type(None))}
@@ -709,9 +707,3 @@ def _mode(stream: Any) -> dict[str, Any]:
     """Return what `reconfigure` may change in a stream."""
     names = ("encoding", "errors", "line_buffering", "write_through")
     return {name: getattr(stream, name) for name in names} if isinstance(stream, io.TextIOWrapper) else {}
-
-
-def _set_limits(before: list[tuple[int, int]]) -> None:
-    for limit, values in zip(LIMITS, before, strict=True):
-        if resource.getrlimit(limit) != values:
-            resource.setrlimit(limit, values)

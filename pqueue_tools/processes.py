@@ -55,7 +55,7 @@ def set_attributes(values: tuple[int | bytes, ...]) -> None:
 
 def stop_tracing(pid: int, status: int) -> None:
     """Let a child that was stopped as it is traced by this process continue, with the signal that stopped it."""
-    _libc().ptrace(PTRACE_DETACH, pid, 0, os.WSTOPSIG(status))
+    libc().ptrace(PTRACE_DETACH, pid, 0, os.WSTOPSIG(status))
 
 
 def share_memory() -> None:
@@ -63,50 +63,36 @@ def share_memory() -> None:
     as they write to each object that they look at."""
     gc.collect()
     with suppress(AttributeError):
-        _libc().malloc_trim(0)  # of glibc
+        libc().malloc_trim(0)  # of glibc
     gc.freeze()
-
-
-def unlock_memory() -> None:
-    """Undo mlockall, which also locks what is mapped later: that would take long, or fail at a limit."""
-    _libc().munlockall()
-
-
-def flush_c_streams() -> None:
-    """Write what C code has printed, which is lost at `os._exit`."""
-    _libc().fflush(None)
 
 
 def personality() -> int:
     """Return the flags of the execution domain, such as whether addresses are random."""
-    return int(_libc().personality(0xFFFFFFFF)) if sys.platform == "linux" else 0
-
-
-def set_personality(flags: int) -> None:
-    _libc().personality(flags)
+    return int(libc().personality(0xFFFFFFFF)) if sys.platform == "linux" else 0
 
 
 def reset_arithmetic() -> None:
     """Let the processor round as usual, and trap nothing. Some libraries change this when they are loaded."""
-    _libc().fesetenv(ctypes.c_void_p(-1))  # FE_DFL_ENV
+    libc().fesetenv(ctypes.c_void_p(-1))  # FE_DFL_ENV
 
 
 def _prctl(option: int, value: Any = 0) -> int:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
-            return int(_libc().prctl(option, value, 0, 0, 0))
+            return int(libc().prctl(option, value, 0, 0, 0))
     return 0
 
 
 @cache
-def _libc() -> ctypes.CDLL:
+def libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
 def environment() -> list[bytes]:
     """Return the environment that programs inherit, as C code sees it; where that is unknown, nothing."""
     with suppress(ValueError, OSError):
-        variables, found = ctypes.POINTER(ctypes.c_char_p).in_dll(_libc(), "environ"), list[bytes]()
+        variables, found = ctypes.POINTER(ctypes.c_char_p).in_dll(libc(), "environ"), list[bytes]()
         while variables and (each := variables[len(found)]) is not None:
             found.append(each)
         return found

@@ -676,7 +676,7 @@ def _exit(code: int) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             with suppress(BaseException):
                 stream.flush()
-        processes.flush_c_streams()
+        processes.libc().fflush(None)  # what C code has printed
     finally:  # also if a task has replaced what this uses: the frames below are the keeper's
         os._exit(code)
 
