@@ -159,7 +159,7 @@ def _closing(queue: PersistentQInterface) -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog=program_name("consumer"), description=(__doc__ or "").partition("\n")[0])
+    parser = OneLineParser(prog=program_name("consumer"), description=__doc__)
     add = parser.add_argument
     default = os.environ.get("SUPERVISOR_PROCESS_NAME") or f"{socket.gethostname()}-{os.getpid()}"
     add("--name", default=default, help="name of this consumer (default: its Supervisor name, or HOST-PID)")

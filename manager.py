@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     usage = (
         "%(prog)s (--init | --count N | --list | --remove GROUP |\n  --start CONSUMER | --stop CONSUMER) [OPTION ...]"
     )
-    parser = OneLineParser(prog=program_name("manager"), usage=usage, description=(__doc__ or "").partition("\n")[0])
+    parser = OneLineParser(prog=program_name("manager"), usage=usage, description=__doc__)
     actions = parser.add_mutually_exclusive_group(required=True)
     actions.add_argument("--count", type=whole_number(1, 1000), metavar="N", help="add N groups of consumers")
     actions.add_argument("--list", action="store_true", help="list the processes of supervisord")

@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog=program_name("ops"), description=(__doc__ or "").partition("\n")[0])
+    parser = OneLineParser(prog=program_name("ops"), description=__doc__)
     add, port = parser.add_argument, os.environ.get("PQUEUE_OPS_PORT") or "8501"
     try:
         whole_number(0, 65535)(port)

@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog=program_name("producer"), description=(__doc__ or "").partition("\n")[0])
+    parser = OneLineParser(prog=program_name("producer"), description=__doc__)
     add = parser.add_argument
     add("--interval", type=seconds(0), default=5.0, metavar="S", help="seconds between jobs (default: %(default)g)")
     add("--count", type=whole_number(1), metavar="N", help="stop after N jobs")

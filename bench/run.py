@@ -500,7 +500,7 @@ def check_needs(options: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = OneLineParser(prog="bench", description=(__doc__ or "").partition("\n")[0])
+    made = OneLineParser(prog="bench", description=__doc__)
     made.add_argument("--quick", action="store_true", help=QUICK)
     columns = "; ".join(COLUMNS)
     made.add_argument("--only", nargs="+", action="extend", choices=COLUMNS, metavar="COLUMN", help=f"of {columns}")

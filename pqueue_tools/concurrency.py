@@ -34,7 +34,7 @@ from pqueue_tools.leases import claim_number
 from pqueue_tools.outcome import encoded_result, name_of, trace_of
 from pqueue_tools.process import log
 from pqueue_tools.record import Slot
-from pqueue_tools.worker import Consumer, Failure, Interrupt, failure_of
+from pqueue_tools.worker import Consumer, Failure, Interrupt, failure_of, ignore
 
 PULSE_SECONDS = 0.25  # how often a worker shows that its threads get the GIL
 LOOK_SECONDS = 0.1  # how often an idle consumer looks for what tasks have left behind
@@ -114,7 +114,7 @@ class ConcurrentConsumer(Consumer):
         self._may_find = True  # a claim may find jobs
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: threading.Thread | None = None
-        self._set_running_loop: Callable[[Any], object] = bool
+        self._set_running_loop: Callable[[Any], object] = ignore
         self._loop_settings: list[Setting] = []  # of its thread
         self._files_of_loop = set[int]()
         self._failure: BaseException | None = None  # of the event loop or another thread

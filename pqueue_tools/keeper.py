@@ -31,7 +31,15 @@ from pqueue_tools import leftovers as leftovers  # noqa: PLC0414 - likewise
 from pqueue_tools import processes, worker
 from pqueue_tools import record as fields
 from pqueue_tools.leases import DUMP_SIGNAL, INTERRUPT_SIGNAL, TICK_SECONDS, Leases, limit_error
-from pqueue_tools.process import is_orphaned, log, on_termination, print_error, retry_soon, retry_while_busy
+from pqueue_tools.process import (
+    blocked_signals,
+    is_orphaned,
+    log,
+    on_termination,
+    print_error,
+    retry_soon,
+    retry_while_busy,
+)
 from pqueue_tools.record import Record, Run, Slot
 from pqueue_tools.task_output import TaskOutput, high_copy, outputs, redirect
 from pqueue_values import NoConnection
@@ -76,10 +84,10 @@ RESTART_SECONDS = 1.0  # before the next worker, if one died without running a j
 class Interruption:
     """An interrupted run of a slot. Times are monotonic seconds."""
 
-    number: int = 0  # of the run
-    reason: int = 0
-    at: float = 0.0
-    sent_at: float = 0.0
+    number: int  # of the run
+    reason: int
+    at: float
+    sent_at: float = 0.0  # the last signal
 
 
 class Keeper:
@@ -97,20 +105,29 @@ class Keeper:
         self._fields = self.record.fields
         self._pid = self._watchdog = 0  # of the worker, and of what watches this process meanwhile; 0: none
         self._watched_at = 0.0  # monotonic seconds: when that was started
-        self._status: int | None = None  # with which it ended
-        self._interrupted: dict[int, Interruption] = {}  # by slot
-        self._closing_at = self._keep_at = 0.0  # monotonic seconds
         self._blocked = 0, BLOCKED_SECONDS  # when the last step of an async task began; when to report it
-        self._killed = self._is_damaged = False  # the worker by this process; the record by a task
         self._stops = 0  # requests to stop
-        self._pulse = self._stuck_looks = 0  # of the worker; how often in succession it was found stuck
-        self._stuck_as = ""  # why it was killed, if for that
-        self._doing: list[int] = []  # what changes while it works
+        self._doing: list[int] = []  # what changes while the worker works
         self._runs_before = 0  # of earlier workers
-        self._silent_looks = 0  # how often in succession the worker was found to do nothing
         self._pipe = self._wakeup = self._dump = -1
         self._outputs: list[TaskOutput] = []
         self._others = set(processes.children(os.getpid()))
+        self._forget_worker()
+
+    def _forget_worker(self) -> None:
+        """Forget what concerned the previous worker."""
+        self._status: int | None = None  # with which it ended
+        self._interrupted: dict[int, Interruption] = {}  # by slot
+        self._closing_at = 0.0  # monotonic seconds: since when it is to exit
+        self._keep_at = 0.0  # the same: when to look for a connection; at once when it is ready, as it needs one
+        self._killed = self._is_damaged = False  # the worker by this process; the record by a task
+        self._pulse = self._stuck_looks = 0  # of the worker; how often in succession it was found stuck
+        self._stuck_as = ""  # why it was killed, if for that
+        self._silent_looks = 0  # how often in succession it was found to do nothing
+        for field in fields.OF_WORKER:
+            self._fields[field] = 0
+        for slot in self.record.slots:
+            slot.clear()
 
     is_refused = False  # the worker could not start or continue
 
@@ -248,16 +265,7 @@ class Keeper:
 
     def _start(self) -> None:
         """Fork a worker."""
-        for field in fields.OF_WORKER:
-            self._fields[field] = 0
-        for slot in self.record.slots:
-            slot.clear()
-        self._interrupted.clear()
-        self._closing_at, self._status = 0.0, None
-        self._killed = self._is_damaged = False
-        self._fields[fields.PULSE] = self._pulse = self._stuck_looks = self._silent_looks = 0
-        self._stuck_as = ""
-        self._keep_at = 0.0  # at once: when the worker is ready, it needs a connection
+        self._forget_worker()
         self._empty_dump()
         self.leases.has_released_late = False
         self.shared.children += 1
@@ -266,15 +274,12 @@ class Keeper:
                 stream.flush()
         processes.share_memory()
         parent = os.getpid()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
+        with blocked_signals(signal.valid_signals()):
             self._pid = os.fork()
             if self._pid == 0:
                 processes.end_with_parent(parent)
                 redirect(self._outputs, self.record)
                 worker.run_process(self.queue, self.shared, self.record, self.options, self._wakeup, self._dump)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.leases.pid = self._pid
         with suppress(OSError):
             os.setpgid(self._pid, 0)  # whichever of both is first
@@ -286,12 +291,8 @@ class Keeper:
         It belongs to the group of the worker, so what stops or kills the group of this process spares it.
         """
         keeper, self._watched_at = os.getpid(), time.monotonic()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGCHLD})
-        try:
-            try:
-                self._watchdog = os.fork()
-            except OSError:  # the system has no more processes
-                return
+        with suppress(OSError), blocked_signals(signal.valid_signals() - {signal.SIGCHLD}):
+            self._watchdog = os.fork()  # raises OSError if the system has no more processes
             if self._watchdog:
                 return
             try:
@@ -305,8 +306,6 @@ class Keeper:
                 os.execv("/bin/sh", ["sh", "-c", WATCHDOG, "pqueue-watchdog", *arguments])
             finally:
                 os._exit(1)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _has_ended(self) -> bool:
         """Reap children; return whether the worker was among them."""
@@ -545,7 +544,8 @@ class Keeper:
 
     def _settle(self) -> int:
         """Settle what a worker held when it died; return how it ended."""
-        outcome, left = self._fields[fields.OUTCOME], [slot for slot in self.record.slots if slot.run()]
+        outcome = self._fields[fields.OUTCOME]
+        left = {slot.number: run for slot in self.record.slots if (run := slot.run())}
         until = time.monotonic() + self.options.lease_seconds
         with suppress(QueueError):
             retry_while_busy(self.leases.settle_taken, lambda s: _pause(s, until), consumer=self.name)
@@ -562,23 +562,22 @@ class Keeper:
                 retry_while_busy(lambda: self._settle_held(left), lambda s: _pause(s, until), consumer=self.name)
         return outcome
 
-    def _settle_held(self, left: list[Slot]) -> None:
-        """Settle the jobs of the dead worker; remove from the list the slots whose jobs are settled."""
+    def _settle_held(self, left: dict[int, Run]) -> None:
+        """Settle the jobs of the dead worker. left: its runs, by slot; those whose jobs are settled are removed."""
         results = self.record.results()
-        runs = {slot.number: run for slot in left if (run := slot.run()) and run.key not in results}
+        runs = {number: run for number, run in left.items() if run.key not in results}
         held = self.leases.return_held(results, [run.key for run in runs.values()])
         blamed = self._blamed(runs)
-        while left:
-            run = runs.get(left[-1].number)
-            job = held.get(run.key) if run else None
+        for number, run in runs.items():
+            job = held.get(run.key)
             try:
-                if run and job:
-                    self._settle_running(left[-1].number, run, job, blamed)
+                if job:
+                    self._settle_running(number, run, job, blamed)
             except LeaseLost:
                 job = None
-            if run and job is None:
+            if job is None:
                 log("lost", consumer=self.name, job=run.job_id, reason=f"the lease of {self.name} was lost")
-            left.pop()
+            del left[number]
 
     def _blamed(self, runs: dict[int, Run]) -> list[int]:
         """Return the slots of the runs that may have ended the worker: only one, if it can be known."""

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache, wraps
 from io import TextIOWrapper
@@ -83,9 +83,7 @@ EVENT_LEVELS = {  # of others: info
 }
 MAX_FIELD_CHARS = 8000
 
-_log = {"level": "info", "format": "text"}
-_log_files = list[IO[str]]()  # instead of stdout: at most one
-_before_lines = list[Callable[[], object]]()  # called before a line of the log: at most one
+_log: dict[str, Any] = {"level": "info", "format": "text", "file": None, "before_line": None}  # no file: stdout
 
 
 def set_log(level: str, form: str) -> None:
@@ -104,7 +102,7 @@ def log(event: str, level: str | None = None, **fields: Any) -> None:
 
 def write_log_to(file: IO[str], before_line: Callable[[], object]) -> None:
     """Write the log to a file from now on, until a task closes it, and call `before_line` before each line."""
-    _log_files[:], _before_lines[:] = [file], [before_line]
+    _log.update(file=file, before_line=before_line)
 
 
 class TaskLog(logging.Handler):
@@ -130,17 +128,18 @@ class TaskLog(logging.Handler):
 
 def print_line(text: str) -> None:
     """Print the text. Ignore a closed pipe or a full disk, so that the program continues."""
-    for before_line in _before_lines:
-        before_line()
+    if _log["before_line"]:
+        _log["before_line"]()
+    file = _log["file"] or sys.stdout
     try:
-        print(text, flush=True, file=_log_files[0] if _log_files else sys.stdout)
+        print(text, flush=True, file=file)
     except OSError as error:
-        if _log_files and error.errno == errno.EBADF:  # closed by a task
-            _log_files.clear()
+        if _log["file"] and error.errno == errno.EBADF:  # closed by a task
+            _log["file"] = None
             print_line(text)
         elif error.errno not in (errno.ENOSPC, errno.EFBIG):  # a full disk, or the limit for files
             with suppress(OSError):  # a task has used up the descriptors
-                os.dup2(os.open(os.devnull, os.O_WRONLY), (_log_files[0] if _log_files else sys.stdout).fileno())
+                discard_output(file)
     except ValueError:
         """A task has closed sys.stdout."""
 
@@ -188,9 +187,9 @@ def writes_to_stdout(program: str) -> Callable[[Main], Main]:
     return decorate
 
 
-def discard_output() -> None:
-    """Discard what is and what will be written to stdout."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def discard_output(file: IO[str] | None = None) -> None:
+    """Discard what is and what will be written to a file; None: stdout."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 def log_line(at: str, event: str, fields: dict[str, Any], level: str = "info") -> str:
@@ -244,9 +243,9 @@ def create_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def blocked_signals() -> Iterator[None]:
-    """Delay TERM, INT and HUP until the end of the block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, termination.SIGNALS)
+def blocked_signals(numbers: Iterable[int] = termination.SIGNALS) -> Iterator[None]:
+    """Delay these signals, or TERM, INT and HUP, until the end of the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
@@ -307,10 +306,10 @@ def retry_soon(call: Callable[[], T]) -> T:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports an error in one line and exits with 2."""
+    """A parser that reports an error in one line and exits with 2. Of its description, it shows the first paragraph."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, description: str | None, **options: Any) -> None:
+        super().__init__(description=(description or "").partition("\n\n")[0], **options)
         self._negative_number_matcher = re.compile(r"-\.?[0-9]")  # as in Python 3.14: -5m is a value, not an option
 
     def _print_message(self, message: str, file: Any = None) -> None:

@@ -31,7 +31,7 @@ ASLEEP = 14  # the keeper waits until it is woken
 FORWARDING = 15  # the keeper has read output of tasks, and not written it yet
 RENEW = 16  # the worker ends after its current jobs: the keeper has no connection, and then waits for both
 FIELDS = 19
-OF_WORKER = (STORED, READY, IDLE, OUTCOME, WITHDRAW, RENEW, WAITING, LOOP, STEPPING)  # 0 when a worker starts
+OF_WORKER = (STORED, READY, IDLE, OUTCOME, WITHDRAW, RENEW, WAITING, LOOP, STEPPING, PULSE)  # 0 when a worker starts
 # Fields of a slot that the worker writes
 RUNNING = 0  # number of the run whose task may be interrupted; 0: none
 RUN, JOB, CLAIM, STARTED, TIMEOUT, MEMORY, BASE, BACKOFF = range(1, 9)  # of a run; JOB is 0 between runs

@@ -16,7 +16,7 @@ import traceback
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from contextvars import copy_context
 from datetime import timedelta
 from importlib.machinery import PathFinder
@@ -133,7 +133,7 @@ class Consumer:
         self.is_embedded = record is None
         self.record = record or Record(concurrency)
         self._leases = leases.Leases(queue, self.record, name, lease_seconds, quiet=quiet)
-        self.wake_keeper: Callable[[], object] = bool
+        self.wake_keeper: Callable[[], object] = ignore
         self._fields = self.record.fields
         self._slot = self.record.slots[0]
         self._adding = threading.Lock()  # of results and errors to the record, by several threads
@@ -159,10 +159,8 @@ class Consumer:
         tasks = [pqueue.TASKS[name] for name in self.wanted["tasks"] if name in pqueue.TASKS]
         self._retry_while_busy([], lambda: self.queue.declare_schedules(tasks))
         self._retry_while_busy([], lambda: self.queue.declare_handlers(tasks))
-        if self.is_embedded:
-            with leases.in_thread(self._leases):
-                return self._run()
-        return self._run()
+        with leases.in_thread(self._leases) if self.is_embedded else nullcontext():
+            return self._run()
 
     def _run(self) -> int:
         try:
@@ -428,7 +426,7 @@ class Consumer:
 
         async def main() -> Any:
             loop = asyncio.get_running_loop()
-            watch_tasks(loop, bool, lambda: open_transaction(self.queue))
+            watch_tasks(loop, ignore, lambda: open_transaction(self.queue))
             task = loop.create_task(coroutine)
             self._cancel = lambda reason: loop.call_soon_threadsafe(task.cancel, str(reason))
             try:
@@ -542,8 +540,7 @@ class Consumer:
 
     def _release(self, job: Job) -> None:
         with suppress(QueueError):
-            self.queue.release(job)
-            log("released", consumer=self.name, job=job.id)
+            self._leases.release(job)
 
     # Signals
 
@@ -625,7 +622,7 @@ def _run(
     signal.signal(leases.INTERRUPT_SIGNAL, consumer.interrupt)
     consumer.wake_keeper = lambda: wake(pipe)
     # A task that closes the queue, as at the end of `with current_queue()`, must not close the consumer's
-    close, queue.close = queue.close, bool  # type: ignore[method-assign, assignment]
+    close, queue.close = queue.close, ignore  # type: ignore[method-assign]
     from pqueue_tools.leftovers import ProcessState  # not available on Windows, which has no forks either
 
     threads = ("pqueue-", "asyncio_") if options.concurrency > 1 else ("pqueue-",)
@@ -706,7 +703,7 @@ def _arm(dump: int) -> None:
 
 
 def ignore(*_: object) -> None:
-    """Handle a signal by doing nothing. Unlike SIG_IGN, programs that a task starts do not inherit this."""
+    """Do nothing. As the handler of a signal, unlike SIG_IGN, it is not inherited by programs that a task starts."""
 
 
 def _reset_signals_in_children() -> None:
