@@ -182,7 +182,7 @@ class Keeper:
             self._start()
             while not self._has_ended():
                 # guard: a task that writes into the shared memory does not end the keeper
-                with self._distrusting():
+                with self._distrusting(), self.leases.logging_once("left to its lease", "look"):
                     self._look()
                 self._wait()
             self._end_processes()
@@ -373,7 +373,7 @@ class Keeper:
         slots = self.leases.running()
         runs = [run for _, run in slots]
         # guard: a task that has lost its lease is ended while others write
-        self._with_database(lambda: self.leases.check(runs))
+        self.leases.check(runs)
         for slot, run in slots:
             self._enforce(slot, run)
         self._keep_connection()
@@ -383,15 +383,9 @@ class Keeper:
         ):
             return
         self._report_blocked_loop()
-        self._with_database(lambda: self.leases.extend(runs))
-        self._with_database(self.leases.beat)
-        self._with_database(self.leases.prune)
-
-    def _with_database(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except (QueueError, MemoryError) as error:
-            log("left to its lease", consumer=self.name, reason=str(error) or "out of memory")
+        self.leases.extend(runs)
+        self.leases.beat()
+        self.leases.prune()
 
     def _is_stuck(self) -> bool:
         """Return whether the worker holds the write lock of the database and is stopped, or one of its threads holds

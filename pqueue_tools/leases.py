@@ -57,7 +57,7 @@ class Leases:
         if not runs or now - self._checked <= CHECK_SECONDS:
             return
         self._checked = now
-        with self.saying_once("left to its lease", "check"):
+        with self.logging_once("left to its lease", "check"):
             leases = self.queue.held_leases(self.name, (run.job_id for run in runs))
             held = {(job_id, claim_number(token)) for job_id, token in leases}
             still = {run.key for slot in self.record.slots if slot.fields[fields.RUNNING] and (run := slot.run())}
@@ -65,7 +65,7 @@ class Leases:
             self._lost = {key for key in gone if key in self._lost or self.settled_as(key[0]) is None}
 
     @contextmanager
-    def saying_once(self, event: str, what: str, **more: Any) -> Iterator[None]:
+    def logging_once(self, event: str, what: str, **more: Any) -> Iterator[None]:
         """Log the error of the block, if it is another one than before or `what` has worked meanwhile."""
         try:
             yield
@@ -112,7 +112,7 @@ class Leases:
         if now - self._extended <= self.lease_seconds / 3 or is_stopped(self.pid):
             return
         self._extended = now - self.lease_seconds / 6  # if it fails, retry soon
-        with self.saying_once("waiting", "extend", **about):
+        with self.logging_once("waiting", "extend", **about):
             try:
                 extend()
             except LeaseLost:
@@ -120,7 +120,7 @@ class Leases:
             self._extended = now
 
     def _settle_if_taken(self) -> None:
-        with self.saying_once("waiting", "take back"):
+        with self.logging_once("waiting", "take back"):
             self.settle_taken()
 
     def settle_taken(self) -> None:
@@ -223,14 +223,12 @@ def in_thread(leases: Leases) -> Iterator[None]:
 
     def keep() -> None:
         while not stopped.wait(CHECK_SECONDS if leases.record.fields[fields.IDLE] else TICK_SECONDS):
-            try:
+            with leases.logging_once("left to its lease", "look"):
                 runs = [run for _, run in leases.running()]
                 leases.check(runs)
                 leases.extend(runs)
                 leases.beat()
                 leases.prune()
-            except (QueueError, MemoryError) as error:
-                log("left to its lease", consumer=leases.name, reason=str(error) or "out of memory")
 
     thread = threading.Thread(target=keep, name="pqueue-leases", daemon=True)
     thread.start()
