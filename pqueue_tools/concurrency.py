@@ -114,6 +114,7 @@ class ConcurrentConsumer(Consumer):
         self._may_find = True  # a claim may find jobs
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: threading.Thread | None = None
+        self._asked_to_close = False  # the loop
         self._set_running_loop: Callable[[Any], object] = ignore
         self._loop_settings: list[Setting] = []  # of its thread
         self._files_of_loop = set[int]()
@@ -402,8 +403,6 @@ class ConcurrentConsumer(Consumer):
         except BaseException as error:  # a task has closed its descriptors, for example
             self._failure = error
             self._events.put(False)
-
-    _asked_to_close = False
 
     def _close_loop(self) -> None:
         self._asked_to_close = True

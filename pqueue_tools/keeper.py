@@ -112,6 +112,7 @@ class Keeper:
         self._pipe = self._wakeup = self._dump = -1
         self._outputs: list[TaskOutput] = []
         self._others = set(processes.children(os.getpid()))
+        self.is_refused = False  # the worker could not start or continue
         self._forget_worker()
 
     def _forget_worker(self) -> None:
@@ -128,8 +129,6 @@ class Keeper:
             self._fields[field] = 0
         for slot in self.record.slots:
             slot.clear()
-
-    is_refused = False  # the worker could not start or continue
 
     def run(self) -> int:
         """Run workers until asked to stop, or until the queue is drained; return the exit code."""

@@ -52,6 +52,12 @@ COMMON_SIGNALS = [
 ]
 TIMERS = [getattr(signal, name) for name in ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF")]
 LIMITS = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
+OF_THREADS = 3 << 31  # signals 32 and 33, which the C library handles when a first thread starts
+NAMESPACES = ("mnt", "net", "user", "ipc", "uts", "cgroup", "pid_for_children", "time_for_children")
+CODEC_ERRORS = [
+    *("strict", "ignore", "replace", "backslashreplace", "xmlcharrefreplace", "namereplace"),
+    *("surrogateescape", "surrogatepass"),
+]
 HEAP_TYPE, IMMUTABLE_TYPE = 1 << 9, 1 << 8  # flags of classes
 
 
@@ -444,14 +450,6 @@ class ProcessState:
             with suppress(ChildProcessError):  # one that has ended; its status is lost, as subprocess expects
                 os.waitpid(pid, os.WNOHANG)
         return [pid for pid in new if processes.is_running(pid)]
-
-
-OF_THREADS = 3 << 31  # signals 32 and 33, which the C library handles when a first thread starts
-NAMESPACES = ("mnt", "net", "user", "ipc", "uts", "cgroup", "pid_for_children", "time_for_children")
-CODEC_ERRORS = [
-    *("strict", "ignore", "replace", "backslashreplace", "xmlcharrefreplace", "namereplace"),
-    *("surrogateescape", "surrogatepass"),
-]
 
 
 def _set_limit(limit: int, values: tuple[int, int]) -> None:
