@@ -785,22 +785,17 @@ FROM (
     FROM pg_stat_activity WHERE xact_start IS NULL AND (backend_xid IS NOT NULL OR datname = current_database())
 ) held
 WHERE age > CASE WHEN EXISTS (SELECT 1 {MANY_DEAD}) THEN {OLD_WITH_DEAD_ROWS} ELSE {OLD_SNAPSHOT} END""",
-    # A role may not see the kinds of sessions of other roles.
+    # A role may not see the kinds of sessions of other roles. reserved_connections exists since PostgreSQL 16.
     "few connections": """
-WITH clients AS (SELECT datid, usesysid FROM pg_stat_activity WHERE datid IS NOT NULL AND usesysid IS NOT NULL
-    AND coalesce(backend_type, 'client backend') = 'client backend')
-SELECT format('%s of %s connections are in use: raise %s, or run fewer programs', used, most, what)
+SELECT format('%s of %s connections are in use: raise max_connections, or run fewer programs', used, most)
 FROM (
-    SELECT 'max_connections' AS what, count(*) AS used, current_setting('max_connections')::int
+    SELECT count(*) AS used, current_setting('max_connections')::int
         - current_setting('superuser_reserved_connections')::int
-        - coalesce(current_setting('reserved_connections', true)::int, 0) AS most FROM clients
-    UNION ALL SELECT 'the CONNECTION LIMIT of database ' || datname,
-        (SELECT count(*) FROM clients WHERE datid = oid), datconnlimit
-    FROM pg_database WHERE datname = current_database()
-    UNION ALL SELECT 'the CONNECTION LIMIT of role ' || rolname,
-        (SELECT count(*) FROM clients WHERE usesysid = oid), rolconnlimit FROM pg_roles WHERE rolname = session_user
-) limits
-WHERE most > 0 AND used > 0.9 * most""",
+        - coalesce(current_setting('reserved_connections', true)::int, 0) AS most
+    FROM pg_stat_activity WHERE datid IS NOT NULL AND usesysid IS NOT NULL
+        AND coalesce(backend_type, 'client backend') = 'client backend'
+) clients
+WHERE used > 0.9 * most""",
     # A listener in a long transaction fills the queue of notifications.
     "full NOTIFY queue": """
 SELECT format('the NOTIFY queue of the server is %s %% full: end the oldest transaction of a session that listens',

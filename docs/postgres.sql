@@ -1781,20 +1781,15 @@ WHERE age > CASE WHEN EXISTS (SELECT 1 FROM pg_stat_user_tables
 WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND n_dead_tup > 100000 + 2 * n_live_tup) THEN 10000 ELSE 1000000 END;
 
 -- HEALTH: few connections
-WITH clients AS (SELECT datid, usesysid FROM pg_stat_activity WHERE datid IS NOT NULL AND usesysid IS NOT NULL
-    AND coalesce(backend_type, 'client backend') = 'client backend')
-SELECT format('%s of %s connections are in use: raise %s, or run fewer programs', used, most, what)
+SELECT format('%s of %s connections are in use: raise max_connections, or run fewer programs', used, most)
 FROM (
-    SELECT 'max_connections' AS what, count(*) AS used, current_setting('max_connections')::int
+    SELECT count(*) AS used, current_setting('max_connections')::int
         - current_setting('superuser_reserved_connections')::int
-        - coalesce(current_setting('reserved_connections', true)::int, 0) AS most FROM clients
-    UNION ALL SELECT 'the CONNECTION LIMIT of database ' || datname,
-        (SELECT count(*) FROM clients WHERE datid = oid), datconnlimit
-    FROM pg_database WHERE datname = current_database()
-    UNION ALL SELECT 'the CONNECTION LIMIT of role ' || rolname,
-        (SELECT count(*) FROM clients WHERE usesysid = oid), rolconnlimit FROM pg_roles WHERE rolname = session_user
-) limits
-WHERE most > 0 AND used > 0.9 * most;
+        - coalesce(current_setting('reserved_connections', true)::int, 0) AS most
+    FROM pg_stat_activity WHERE datid IS NOT NULL AND usesysid IS NOT NULL
+        AND coalesce(backend_type, 'client backend') = 'client backend'
+) clients
+WHERE used > 0.9 * most;
 
 -- HEALTH: full NOTIFY queue
 SELECT format('the NOTIFY queue of the server is %s %% full: end the oldest transaction of a session that listens',
