@@ -983,7 +983,11 @@ def torture(_: None, options: argparse.Namespace) -> CommandResult:
     if parent and not parent.is_dir():
         raise Problem(f"no folder {parent}: create it, or set PQUEUE_URL")
     found = Torture(parent, options.durability, server).run(options.seconds)
-    lines = [f"{key:24}  {report.for_people(key, value, 0)}" for key, value in found.items() if key != "problems"]
+    lines = [
+        f"{key.replace('_', ' '):24}  {report.for_people(key, value, 0)}"
+        for key, value in found.items()
+        if key != "problems"
+    ]
     lines += [f"problem: {each}" for each in found["problems"]] or ["nothing was lost, nothing was done twice"]
     return CommandResult([found], "\n".join(lines), int(bool(found["problems"])))
 

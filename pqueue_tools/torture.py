@@ -237,6 +237,6 @@ class Torture:
             "deliveries": sum(attempts for _, _, attempts in jobs),
             "killed": self.kills,
             "stopped": self.stops,
-            "late completions refused": len(refused),
+            "late_completions_refused": len(refused),
             "problems": problems,
         }

@@ -1300,6 +1300,7 @@ def test_torture_proves_that_nothing_is_lost(folder, run, durability):
     code, out, _ = run("torture", "--seconds", "5", "--durability", durability, "--json")
     found = json.loads(out)
     assert (code, found["problems"]) == (0, [])
+    assert [name for name in found if not name.isidentifier()] == []
     assert found["acknowledged"] > 0
     assert found["killed"] > 0
     assert [path.name for path in (folder / "var").glob("torture-*")] == []
