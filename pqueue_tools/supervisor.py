@@ -31,6 +31,7 @@ PYTHON_NOTE = "; python3 is looked up on PATH: activate a virtual environment fi
 CALL_SECONDS = 120.0  # longer than stopwaitsecs: stopping a group waits for its running jobs
 STATUS_SECONDS = 5.0
 START_SECONDS = 120.0  # until the consumers of a new group must have imported their tasks
+CONSUMER = re.compile(r"consumer\.py|pqueue[-_.](tools\.)?consumer")  # in the command of a program
 STOPS = 5  # how often the removal of a group is tried
 
 PROGRAM = """\
@@ -136,14 +137,27 @@ def write_configuration(queues: list[str] | None, modules: list[str] | None, con
         raise ManagerError(f"cannot write {CONFIGURATION}: it already exists; remove it first")
 
 
+def consumer_command() -> str | None:
+    """Return the command of the first consumer in supervisord's configuration, as it must be written in one."""
+    commands = (str(each.get("command", "")) for each in call("getAllConfigInfo"))
+    found = next(filter(CONSUMER.search, commands), None)
+    return found and found.replace("%", "%%").replace("\n", "\n ")
+
+
 def add_group(
-    size: int = GROUP_SIZE, queues: list[str] | None = None, modules: list[str] | None = None, concurrency: int = 1
+    size: int = GROUP_SIZE,
+    queues: list[str] | None = None,
+    modules: list[str] | None = None,
+    concurrency: int = 1,
+    command: str | None = None,
 ) -> str:
     """Add a group of this many consumers, wait until all have started, and return its name.
 
+    command: what they run, as `consumer_command` returns it; None: a consumer with these options.
+
     If this fails, remove the group again. Raises ManagerError, and ValueError for a name that supervisord cannot read.
     """
-    command = _in_configuration(_command("consumer") + _options(queues, modules, concurrency))
+    command = command or _in_configuration(_command("consumer") + _options(queues, modules, concurrency))
     used = {each["group"] for each in processes()}
     make_folder(INCLUDED)
     values = {"command": command, "size": size, "manager": command_line("manager")}
@@ -260,7 +274,7 @@ def start(name: str, has_registered: Callable[[int], bool] = lambda _: False) ->
     """
     full = _full_name(name)
     commands = {f"{each['group']}:{each['name']}": str(each.get("command", "")) for each in call("getAllConfigInfo")}
-    is_consumer = re.search(r"consumer\.py|pqueue[-_.](tools\.)?consumer", commands.get(full, ""))
+    is_consumer = CONSUMER.search(commands.get(full, ""))
     call("startProcess", full, not is_consumer)
     # guard: a consumer that ends before it takes jobs is not reported as started
     if is_consumer:

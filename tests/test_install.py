@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE_SECONDS, ROOT, Place, free_port, wait_until
 
+from pqueue_tools import dashboard_actions
+
 BIN = Path(sys.executable).parent
 COMMANDS = ("pqueue", "pqueue-consumer", "pqueue-manager", "pqueue-ops", "pqueue-producer")
 TASKS = """\
@@ -192,6 +194,10 @@ def test_project_runs_under_supervisor_from_the_configuration_that_the_manager_w
     wait_until(lambda: "dashboard at" in (project.folder / "var/log/ops.log").read_text())
     page = f"http://127.0.0.1:{port}"
     wait_until(lambda: b"consumer2_00" in urllib.request.urlopen(page, timeout=PATIENCE_SECONDS).read())
+    monkeypatch.chdir(project.folder)
+    assert dashboard_actions.ACTIONS["add_group"](queue, {}, "ada") == "added consumer3: 3 consumers"
+    tasks = {each["name"]: each["tasks"] for each in queue.consumers()}
+    assert tasks["consumer3_02"] == tasks["consumer_02"] == ["sum_up"]
     done = project.run("pqueue-manager", "--remove", "consumer2")
     assert (done.returncode, done.stdout) == (0, "removed consumer2\n"), done.stderr
     child.send_signal(signal.SIGINT)
