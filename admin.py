@@ -590,7 +590,10 @@ _duration_or_forever = or_word("forever", [None], lambda text: [duration(text)])
     Parameter("max_pending", "maximum number of pending jobs, or none", _limit, metavar="N|none", optional=True),
     Parameter("--running", "maximum number of running jobs of each group, or none", _limit, metavar="N|none"),
     Parameter(
-        "--rate", "maximum number of jobs of each group that begin in a time, or none", _rate, metavar="N/DURATION|none"
+        "--rate",
+        "maximum number of jobs of each group that begin within this time, or none",
+        _rate,
+        metavar="N/DURATION|none",
     ),
     examples=("limit newsletter 100000", "limit newsletter none", "limit sync --running 2", "limit api --rate 10/1s"),
 )
@@ -751,7 +754,7 @@ def schedules(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     ),
 )
 def schedule(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Enqueue a job of a task at certain times, or change when."""
+    """Enqueue a job of a task at certain times, or change these times."""
     queue.schedule(
         options.schedule,
         options.task,

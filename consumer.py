@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-level", choices=LEVELS, default="info", help=text)
     add("--log-format", choices=("text", "json"), default="text", help="format of the log (default: %(default)s)")
     add("--drain", action="store_true", help="stop when no job is pending; the exit code is 1 if jobs failed")
-    text = "with --drain, also wait for retries and other jobs that fall due within S seconds (default: at any time)"
+    text = "with --drain, also wait for retries and other scheduled jobs; with S, only for those due within S seconds"
     add("--wait", type=seconds(0), nargs="?", const=float("inf"), metavar="S", help=text)
     text = "run up to N jobs at the same time: async tasks in an event loop, others in threads (default: %(default)s)"
     add("--concurrency", type=whole_number(1, MAX_CONCURRENCY), default=1, metavar="N", help=text)

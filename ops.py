@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", type=not_blank, default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=whole_number(0, 65535), default=port, help="port (default: PQUEUE_OPS_PORT, or 8501)")
     add("--streamlit", action="store_true", help="use Streamlit, if it is installed")
-    add("--check", action="store_true", help="print the address and exit; fail if the port is in use")
+    add("--check", action="store_true", help="check the settings and the port, print the address, and exit")
     return parser
 
 
