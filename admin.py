@@ -22,6 +22,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -353,17 +354,14 @@ def _act(
     verb: str,
     asked: str,
     done: str,
-    act_at: Callable[[int, float], None],
+    method: Callable[..., Any],
     *,
     parents_first: bool = False,
 ) -> CommandResult:
-    """Act on the given jobs, all or none, or, after confirmation, on all that match the filter, in batches. Examples
-    of `asked` and `done` are "mark {} as failed" and "marked {} as failed"."""
-    filters, now, short_done = _filters(options), queue.now(), done.replace("{} ", "").replace(" {}", "")
-
-    def act(job_id: int) -> None:
-        act_at(job_id, now)  # the same time for all makes them one operation
-
+    """Call a method of the queue for the given jobs, all or none, or, after confirmation, for all that match the
+    filter, in batches. Examples of `asked` and `done` are "mark {} as failed" and "marked {} as failed"."""
+    filters, short_done = _filters(options), done.replace("{} ", "").replace(" {}", "")
+    act = partial(method, now=queue.now())  # the same time for all makes them one operation
     if bool(filters) == bool(options.job_ids):
         given = "both" if filters else "neither"
         raise UsageError(f"{verb}: expected job ids or a filter such as --status failed, got {given}")
@@ -408,15 +406,12 @@ def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> Comman
     """Run finished jobs again, with a full number of attempts: now, or at a rate."""
     times = spread(queue.now() + options.delay, options.rate)
     rate = "" if options.rate is None else f" at {options.rate[0]}/{options.rate[1]:g}s"
-    return _act(
-        queue,
-        options,
-        "resubmit",
-        f"resubmit {{}}{rate}",
-        "resubmitted {}",
-        lambda job_id, now: queue.resubmit(job_id, run_at=next(times), now=now),
-        parents_first=True,
-    )
+
+    def resubmit_next(job_id: int, now: float) -> None:
+        queue.resubmit(job_id, run_at=next(times), now=now)
+
+    asked = f"resubmit {{}}{rate}"
+    return _act(queue, options, "resubmit", asked, "resubmitted {}", resubmit_next, parents_first=True)
 
 
 @command(
@@ -430,14 +425,8 @@ def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> Comman
 )
 def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Mark unfinished jobs as failed; a running job loses its lease."""
-    return _act(
-        queue,
-        options,
-        "mark-failed",
-        "mark {} as failed",
-        "marked {} as failed",
-        lambda job_id, now: queue.mark_failed(job_id, options.error, now=now),
-    )
+    mark = partial(queue.mark_failed, error=options.error)
+    return _act(queue, options, "mark-failed", "mark {} as failed", "marked {} as failed", mark)
 
 
 @command(
@@ -445,17 +434,13 @@ def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> Com
 )
 def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Cancel unfinished jobs; a running job loses its lease."""
-    return _act(
-        queue, options, "cancel", "cancel {}", "cancelled {}", lambda job_id, now: queue.cancel(job_id, now=now)
-    )
+    return _act(queue, options, "cancel", "cancel {}", "cancelled {}", queue.cancel)
 
 
 @command(JOBS, "run-now", JOB_IDS, *FILTER_OPTIONS, YES, examples=("run-now 17", "run-now --queue newsletter"))
 def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Make scheduled and waiting jobs pending, whenever they are due and whatever they wait for."""
-    return _act(
-        queue, options, "run-now", "run {} now", "made {} pending", lambda job_id, now: queue.run_now(job_id, now=now)
-    )
+    return _act(queue, options, "run-now", "run {} now", "made {} pending", queue.run_now)
 
 
 @command(

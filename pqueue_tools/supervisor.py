@@ -34,24 +34,6 @@ START_SECONDS = 120.0  # until the consumers of a new group must have imported t
 CONSUMER = re.compile(r"consumer\.py|pqueue[-_.](tools\.)?consumer")  # in the command of a program
 STOPS = 5  # how often the removal of a group is tried
 
-PROGRAM = """\
-; To remove this group: {manager} --remove {group}
-[program:{group}]
-command = {command}
-umask = 077
-process_name = %(program_name)s_%(process_num)02d
-numprocs = {size}
-startsecs = 3
-autorestart = true
-startretries = 1000
-stopwaitsecs = 60
-killasgroup = true
-redirect_stderr = true
-stdout_logfile = var/log/%(program_name)s_%(process_num)02d.log
-stdout_logfile_maxbytes = 10MB
-stdout_logfile_backups = 3
-"""
-
 
 class ManagerError(Exception):
     """The request failed; the message says why and what to do."""
@@ -160,15 +142,13 @@ def add_group(
     command = command or _in_configuration(_command("consumer") + _options(queues, modules, concurrency))
     used = {each["group"] for each in processes()}
     make_folder(INCLUDED)
-    values = {"command": command, "size": size, "manager": command_line("manager")}
     group = None
     try:
         with blocked_signals():  # a signal must not come between the creation of the file and its assignment to group
             group = next(
                 name
                 for number in range(2, 10_000)
-                if (name := f"consumer{number}") not in used
-                and _create(_path(name), PROGRAM.format(group=name, **values))
+                if (name := f"consumer{number}") not in used and _create(_path(name), _section(name, size, command))
             )
         call("reloadConfig")
         call("addProcessGroup", group)
@@ -180,6 +160,18 @@ def add_group(
             _delete_configuration(group)
         raise
     return group
+
+
+def _section(group: str, size: int, command: str) -> str:
+    """Return the configuration of a group: that of the consumers in the shipped one, with this size and command."""
+    from configparser import RawConfigParser
+
+    shipped = RawConfigParser()
+    shipped.read_string(_shipped(CONFIGURATION.name).read_text(encoding="utf-8"))
+    options = {**shipped["program:consumer"], "command": command, "numprocs": size, "startsecs": 3}
+    lines = [f"{name} = {value}" for name, value in options.items()]
+    hint = f"; To remove this group: {command_line('manager')} --remove {group}"
+    return "\n".join([hint, f"[program:{group}]", *lines, ""])
 
 
 def _expect_started(
