@@ -105,7 +105,8 @@ class Keeper:
         self._fields = self.record.fields
         self._pid = self._watchdog = 0  # of the worker, and of what watches this process meanwhile; 0: none
         self._watched_at = 0.0  # monotonic seconds: when that was started
-        self._blocked = 0, BLOCKED_SECONDS  # when the last step of an async task began; when to report it
+        self._step_began = 0  # monotonic ns: the step of an async task that was seen last
+        self._report_after = BLOCKED_SECONDS  # how long it may take until it is reported
         self._stops = 0  # requests to stop
         self._doing: list[int] = []  # what changes while the worker works
         self._runs_before = 0  # of earlier workers
@@ -411,11 +412,11 @@ class Keeper:
         """Log where an async task has blocked the event loop for long."""
         stepping, since = self._fields[fields.STEPPING], self._fields[fields.STEPPED_AT]
         seconds = (time.monotonic_ns() - since) / 1e9 if stepping else 0.0
-        if since != self._blocked[0]:
-            self._blocked = since, BLOCKED_SECONDS
-        if self._killed or seconds < self._blocked[1]:
+        if since != self._step_began:
+            self._step_began, self._report_after = since, BLOCKED_SECONDS
+        if self._killed or seconds < self._report_after:
             return
-        self._blocked = since, 2 * self._blocked[1]
+        self._report_after *= 2
         slot = self.record.slots[stepping - 1]
         reason = f"the event loop was blocked for {seconds:.0f} s in {self._place(slot)}"
         log("blocked", consumer=self.name, job=slot.fields[fields.JOB], reason=reason)

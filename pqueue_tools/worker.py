@@ -402,7 +402,7 @@ class Consumer:
 
     def _expect_no_task_to_blame(self, error: Exception) -> None:
         """End the process if a task has left behind what may have caused this error."""
-        if self.is_embedded or not self.taken or not self.state:
+        if not self.taken or not self.state:
             return
         is_closed = isinstance(error, OSError)
         left = ["an unusable descriptor"] if is_closed else self.state.left_behind("", float("inf"))
