@@ -238,8 +238,7 @@ class PostgresSession(Session):
         """Begin a transaction whose statements have the settings of the role."""
         with self._queue._db_errors():
             link, settings = self._take(), self._queue._settings.for_application
-            if link.connection is None:
-                link.connection = self._queue._wrap(link.driver)
+            link.connection = _again(link.connection) or self._queue._wrap(link.driver)
             if self._queue.pooled:
                 self._send_begin(link)
                 link.send(settings)
@@ -309,11 +308,8 @@ class PostgresSession(Session):
         self._give_back()
 
     def _give_back(self) -> None:
-        """Return the connection to the pool, and end SQLAlchemy's view of the transaction, which ended without it."""
+        """Return the connection to the pool."""
         link, self._link = cast(Link, self._link), None
-        if link.connection is not None:
-            with suppress(exc.SQLAlchemyError):
-                link.connection.rollback()
         self._queue._pool.give_back(link)
 
     def abandon(self) -> None:
@@ -428,22 +424,27 @@ class OnSQLite(PersistentQSQLAlchemy, PersistentQSQLite):
     @contextmanager
     def transaction(self) -> Iterator[sqlalchemy.Connection]:  # type: ignore[override]
         session = self._transaction()
-        if session not in self._wrapped and not isinstance(session, Joined):  # which refuses it below
-            self._wrapped[session] = _wrap(session.connection)
-        try:
-            with session.user_transaction():
-                session.runs_user_code = True
-                yield self._wrapped[session]
-        finally:
-            if not session.busy:
-                self._wrapped[session].rollback()  # ends SQLAlchemy's view of the transaction
+        if not session.busy:
+            self._wrapped[session] = _again(self._wrapped.get(session)) or _wrap(session.connection)
+        with session.user_transaction():
+            session.runs_user_code = True
+            yield self._wrapped[session]
 
 
 def _wrap(connection: sqlite3.Connection) -> sqlalchemy.Connection:
     """Return an SQLAlchemy connection that leaves BEGIN, COMMIT and closing to the owner of `connection`."""
     return sqlalchemy.create_engine(
-        "sqlite://", creator=lambda: connection, poolclass=StaticPool, isolation_level="AUTOCOMMIT"
+        "sqlite://",
+        creator=lambda: connection,
+        poolclass=StaticPool,
+        pool_reset_on_return=None,
+        isolation_level="AUTOCOMMIT",
     ).connect()
+
+
+def _again(known: sqlalchemy.Connection | None) -> sqlalchemy.Connection | None:
+    """Return SQLAlchemy's view of a connection, without what the application has set there; None if it closed it."""
+    return sqlalchemy.Connection(known.engine, known.connection) if known and not known.closed else None
 
 
 class OnPostgres(PersistentQSQLAlchemy):

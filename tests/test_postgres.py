@@ -175,6 +175,23 @@ class SQLAlchemyOnSQLiteContract(QueueContract, unittest.TestCase):
         self.assertEqual(self.queue.count_jobs(), 1)
 
 
+@pytest.mark.parametrize("backend", ["sqlite", "postgresql"])
+def test_transaction_has_no_options_that_the_one_before_set(tmp_path, database, backend):
+    with closing(PersistentQSQLAlchemy(f"sqlite:///{tmp_path}/q.db" if backend == "sqlite" else database)) as queue:
+        for _ in range(2):
+            with queue.transaction() as db:
+                assert "schema_translate_map" not in db.get_execution_options()
+                db.execution_options(schema_translate_map={None: "tenant"})
+                with queue.transaction() as same:
+                    assert same is db
+        with suppress(QueueError), queue.transaction() as db:
+            db.close()
+            queue.enqueue("t")
+        with queue.transaction() as db:
+            assert db.exec_driver_sql("SELECT 1").one() == (1,)
+            queue.enqueue("t")
+
+
 def test_both_classes_share_a_file_and_lose_nothing(tmp_path):
     path = tmp_path / "q.db"
     native, through = f"pqueue.PersistentQSQLite({str(path)!r})", f"PersistentQSQLAlchemy('sqlite:///{path}')"
