@@ -634,6 +634,8 @@ class OnPostgres(PersistentQSQLAlchemy):
             )
         if "pooling mode" in text:  # of PgBouncer
             return QueueError(f"cannot use {self.name}: expected pool_mode = transaction or session, got: {text}")
+        if state.startswith("23") and original.diag.schema_name == self.schema:  # a sequence may be behind
+            return QueueError(f"cannot write to {self.name}: {text}; run {pqueue_values.command_line()} doctor")
         if state == "26000" or original.diag.source_function == "RevalidateCachedQuery":
             why = "its tables were altered" if state == "0A000" else "the application removed prepared statements"
             return Conflict(f"cannot use {self.name}: {why}; try again ({text})")

@@ -726,6 +726,23 @@ def test_operator_is_told_how_to_set_the_sequence_of_each_table(queue, database,
     assert queue.check()["problems"] == []
 
 
+@pytest.mark.parametrize(
+    ("table", "verb"),
+    [
+        ("jobs", lambda queue: queue.enqueue_many("t", range(2))),
+        ("history", lambda queue: queue.cancel(1)),
+        ("consumers", lambda queue: queue.dequeue("another")),
+    ],
+)
+def test_program_whose_ids_are_taken_is_told_to_run_doctor(queue, database, table, verb):  # noqa: F811
+    queue.fail(queue.dequeue("w"), "no") if queue.enqueue("t") else None
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute(f"SELECT setval('pqueue.{table}_id_seq', 1, false)")
+    said = f'cannot write to .*: duplicate key .* "{table}_pkey"; run python3 admin.py doctor$'
+    with pytest.raises(QueueError, match=said):
+        verb(queue)
+
+
 def test_operator_lists_groups_anew_that_changed_without_triggers(queue, database):  # noqa: F811
     queue.limit("default", running=1)
     first = queue.enqueue("t", group="old")
