@@ -310,6 +310,7 @@ class PostgresSession(Session):
     def _give_back(self) -> None:
         """Return the connection to the pool."""
         link, self._link = cast(Link, self._link), None
+        link.driver.row_factory = psycopg.rows.tuple_row  # the application may have changed it
         self._queue._pool.give_back(link)
 
     def abandon(self) -> None:

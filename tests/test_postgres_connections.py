@@ -208,6 +208,14 @@ def test_transaction_finds_none_that_sqlalchemy_left_open(queue, ends):
                 raise ZeroDivisionError
 
 
+def test_transaction_reads_rows_of_the_usual_kind_though_the_one_before_chose_another(queue):
+    for _ in range(2):
+        with queue.transaction() as db:
+            assert db.exec_driver_sql("SELECT 7").scalar() == 7
+            db.connection.driver_connection.row_factory = psycopg.rows.dict_row
+            assert queue.stats()
+
+
 def test_forked_child_and_parent_each_have_connections_of_their_own(admin, queue):
     queue.enqueue_many("t", range(4))
     job = queue.dequeue("w")
