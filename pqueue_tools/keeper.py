@@ -609,9 +609,9 @@ class Keeper:
         if is_blamed:
             error, _, trace = (self.record.error(run) or self._error(run, reason, len(blamed))).partition("\n")
             trace = trace or "\n".join(self._traceback(self.record.slots[number]))
-        delay, retry = run.retry_in_seconds or pqueue.backoff_seconds(job.attempts), reason != fields.STOP_REQUESTED
+        retry = is_blamed and reason != fields.STOP_REQUESTED
         # guard: a job that kills its worker loses an attempt
-        self._fail(job, error, trace, retry=is_blamed and retry, retry_in_seconds=delay)
+        self._fail(job, error, trace, retry=retry, retry_in_seconds=run.retry_in_seconds)
 
     def _error(self, run: Run, reason: int, blamed: int) -> str:
         """Return why the job ended with its worker, in one line. blamed: how many jobs may have ended it."""

@@ -62,7 +62,7 @@ class Run(NamedTuple):
     timeout_seconds: float | None
     memory_mb: float | None
     base_mb: float  # used when it started, measured if memory_mb is set
-    retry_in_seconds: float  # if the worker dies; 0: the default
+    retry_in_seconds: float  # if the worker dies
 
     @property
     def key(self) -> tuple[int, int]:

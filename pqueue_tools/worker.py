@@ -444,13 +444,12 @@ class Consumer:
 
     def _limits(self, job: Job) -> tuple[float, float, float, float]:
         """Return the timeout, the memory limit, the memory in use now if it is limited, and the delay before another
-        attempt if this process dies; 0: none, and the default of that."""
+        attempt if this process dies; a limit of 0 is none."""
         task = pqueue.TASKS.get(job.task)
         if task is None:
-            return 0.0, 0.0, 0.0, 0.0
+            return 0.0, 0.0, 0.0, pqueue.backoff_seconds(job.attempts)
         used = processes.resident_mb("self") if task.memory_mb else 0.0
-        delay = delay_after(task, job.attempts) if task.backoff else 0.0
-        return task.timeout_seconds or 0.0, task.memory_mb or 0.0, used, delay
+        return task.timeout_seconds or 0.0, task.memory_mb or 0.0, used, delay_after(task, job.attempts)
 
     def _settle(self, job: Job, failure: Failure) -> None:
         """Settle a job whose run has failed, unless its task has done so itself."""

@@ -263,6 +263,19 @@ def test_drain_says_by_its_exit_code_whether_jobs_failed(tasks, task, code):
         assert tasks.run("consumer.py", "--import", "my_tasks", "--drain", "--name", "w").returncode == 0  # that run
 
 
+def test_delay_that_a_task_declares_also_applies_if_it_ends_its_process(tasks):
+    tasks.write(
+        "more.py",
+        "import os\nfrom pqueue import task\n"
+        "@task(backoff=0)\ndef at_once(job): os._exit(3)\n"
+        "@task(max_backoff_seconds=0.001)\ndef soon(job): os._exit(3)\n",
+    )
+    with closing(tasks.queue()) as queue:
+        ids = [queue.enqueue("at_once"), queue.enqueue("soon")]
+        tasks.run("consumer.py", "--import", "more", "--drain")
+        assert [(queue.get(job_id).state, queue.get(job_id).attempts) for job_id in ids] == [("failed", 3)] * 2
+
+
 def test_drain_that_waits_runs_retries_and_what_falls_due(tasks):
     tasks.write(
         "more.py",
