@@ -87,6 +87,10 @@ class Moving(Operating):
     @abstractmethod
     def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> bool: ...
 
+    def _identity(self) -> object:
+        """Return what no other queue has; a server has several names."""
+        return self.name
+
     def copy_to(self, target: Moving, progress: Callable[[int], None] | None = None) -> dict[str, int]:
         """Copy queues, jobs and history into a queue of any backend that has no jobs.
 
@@ -122,7 +126,7 @@ class Moving(Operating):
 
         Raises QueueError if the target has other jobs, or is this queue.
         """
-        _expect_elsewhere(self.name, target.name)
+        _expect_elsewhere(self._identity(), target._identity())
         with target._transaction() as copy:
             target._lock_out_writers(copy)
             _expect_unused(copy)
@@ -281,7 +285,7 @@ class Moving(Operating):
         return {"carried": carried, "known": known, "deleted": deleted}
 
 
-def _expect_elsewhere(here: str, to: str) -> None:
+def _expect_elsewhere(here: object, to: object) -> None:
     if to == here:
         raise QueueError("cannot move: the target is this queue itself")
 

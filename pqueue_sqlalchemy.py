@@ -990,6 +990,9 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
                 progress(int(self._read(SIZE)[0][0]))
         return max(0, int(before - self._read(SIZE)[0][0]))
 
+    def _identity(self) -> object:
+        return self._read(SAME_DATABASE)
+
     def other_tables(self) -> list[str]:
         """Return the names of the tables and views in the queue's schema that are not ours."""
         sql = "SELECT table_name::text FROM information_schema.tables WHERE table_schema = :schema ORDER BY 1"

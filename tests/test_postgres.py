@@ -947,6 +947,20 @@ def test_copy_that_fails_leaves_both_as_they_were(place, database):
     target.close()
 
 
+def test_operator_who_moves_a_queue_to_itself_by_another_name_changes_nothing(place, database):
+    url = sqlalchemy.make_url(database)
+    other = url.update_query_dict({"host": f"{url.query['host']},/nosuch"}).render_as_string(hide_password=False)
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        queue.enqueue("t")
+        queue.delete_jobs()
+        queue.pause("default")
+        before = queue.operations()
+        done = place.run("admin.py", "move", "--to", other, PQUEUE_URL=database)
+        assert (done.returncode, done.stderr) == (1, "admin.py: cannot move: the target is this queue itself\n")
+        assert queue.operations() == before
+        assert not queue.is_partial_copy()
+
+
 def test_thread_that_looks_while_another_asks_for_the_clock_gets_the_time(database):
     times = []
 
