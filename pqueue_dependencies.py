@@ -69,12 +69,11 @@ SELECT parent_id FROM dependencies WHERE job_id {CHILDREN}"""
 
 def free_keys(among: str = "IN ({})") -> str:
     holder = f"SELECT id FROM jobs o WHERE (o.queue, o.task, o.key) = (c.queue, c.task, c.key) AND {HOLDS_KEY}"
-    holders = f"""SELECT ({holder} AND key_expires_at <= :now) FROM jobs c
-    WHERE c.waits_for > 0 AND {STATE} = 'failed' AND c.id {CHILDREN}"""
+    holders = f"SELECT ({holder} AND key_expires_at <= :now) FROM jobs c WHERE c.id {THESE}"
     return f"UPDATE jobs SET key_expires_at = NULL WHERE id {among.format(holders)}"
 
 
-# Take the keys whose time is over from the jobs that hold those of the dependents of these jobs.
+# Take the keys of these jobs from others, whose time is over.
 FREE_KEYS = free_keys()
 
 # Let the jobs wait again that failed with these, which were resubmitted; return their ids.
@@ -178,7 +177,7 @@ class Depending(Handling, Reading):
             if not related:
                 return
             self._lock_jobs(session, sorted(related))
-            session.change(FREE_KEYS, params)
+            session.change(FREE_KEYS, {"ids": to_json(related), "now": now})
             job_ids = [each for (each,) in session.run(RESTORE, params)]
             session.change(RECOUNT_PARENTS, params)
 

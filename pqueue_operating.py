@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 import pqueue_schema
 from pqueue_backend import Session
-from pqueue_dependencies import NEEDED, Depending
+from pqueue_dependencies import FREE_KEYS, NEEDED, Depending
 from pqueue_groups import Grouping, valid_group, valid_rate
 from pqueue_outcomes import Counting, count_job
 from pqueue_schema import FINISHED, UNTAKEN
@@ -134,7 +134,7 @@ class Operating(Grouping, Depending, Counting):
                 count_job(session, job_id, params["state"], params["now"])
             done = session.change(sql, params)
             # guard: resubmit takes a key whose time is over
-            if not done and allowed and session.change(pqueue_schema.FREE_KEY_FOR, params):
+            if not done and allowed and session.change(FREE_KEYS, {"ids": to_json([job_id]), "now": params["now"]}):
                 done = session.change(sql, params)
             # guard: a refused operator verb raises
             if not done:
@@ -182,7 +182,8 @@ class Operating(Grouping, Depending, Counting):
         with self.exclusive(ids), self._transaction() as session:
             # guard: a job that is deleted was counted
             self._count_new(session)
-            running = count_running(session) if ids is None else len(session.run(pqueue_schema.RUNNING_JOBS, params))
+            states = session.run(pqueue_schema.STATES_OF, params) if ids is not None else ()
+            running = count_running(session) if ids is None else [state for _, state in states].count("processing")
             # guard: running jobs are not deleted
             if running and not force:
                 raise InvalidTransition(f"cannot delete jobs: {running} of them are processing")

@@ -44,9 +44,9 @@ class Retaining(Grouping, Depending, Counting):
         """Cancel jobs that have expired; return how many."""
         expired = session.run(pqueue_schema.EXPIRING, {"now": now, "limit": EXPIRE_BATCH})
         for job_id, at, error in expired:
-            params = {"id": job_id, "now": now, "event": "cancelled", "actor": "expires_at"}
+            params = {"id": job_id, "now": now, "state": "cancelled", "event": "cancelled", "actor": "expires_at"}
             params["error"] = _expiry_error(at, error)
-            if session.change(pqueue_schema.EXPIRE, params):  # it may have failed with one that it waits for
+            if session.change(pqueue_schema.END, params):  # it may have failed with one that it waits for
                 session.change(pqueue_schema.RECORD, params)
                 count_job(session, job_id, "cancelled", now)
                 # guard: a job that has expired is followed up

@@ -365,11 +365,6 @@ FREE_KEY = f"""
 UPDATE jobs SET key_expires_at = NULL
 WHERE queue = :queue AND task = :task AND key = :key AND {HOLDS_KEY} AND key_expires_at <= :now"""
 
-# Take the key of this finished job from another one whose time is over.
-FREE_KEY_FOR = f"""
-UPDATE jobs SET key_expires_at = NULL WHERE {HOLDS_KEY} AND key_expires_at <= :now
-    AND (queue, task, key) = (SELECT queue, task, key FROM jobs WHERE id = :id)"""
-
 # Replace a job that no consumer has taken.
 # guard: a job that was taken is not replaced
 REPLACE = f"""
@@ -514,11 +509,6 @@ PROMOTE = f"UPDATE jobs SET state = 'pending' WHERE id IN (SELECT id {DUE})"
 # Return jobs that were not started in time.
 EXPIRING = f"""
 SELECT id, expires_at, error FROM jobs WHERE {EXPIRES} AND expires_at <= :now ORDER BY expires_at, id LIMIT :limit"""
-
-# Cancel a job that was not started in time.
-EXPIRE = (
-    f"UPDATE jobs SET state = 'cancelled', finished_at = :now, error = :error WHERE id = :id AND state IN {UNTAKEN}"
-)
 
 # Return jobs whose lease has expired.
 # guard: a lease is not reclaimed before it expires
@@ -747,9 +737,6 @@ DELETE_DEPENDENCIES = f"DELETE FROM dependencies WHERE job_id {THESE} OR parent_
 
 # Delete these jobs. :ids is a JSON array.
 DELETE_JOBS = f"DELETE FROM jobs WHERE id {THESE}"
-
-# Return which of these jobs are processing. :ids is a JSON array.
-RUNNING_JOBS = f"SELECT id FROM jobs WHERE {STATE} = 'processing' AND id {THESE}"
 
 # Return the states of these jobs. :ids is a JSON array.
 STATES_OF = f"SELECT id, state FROM jobs WHERE id {THESE}"

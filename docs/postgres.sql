@@ -433,13 +433,6 @@ UPDATE pqueue.jobs SET key_expires_at = NULL
 WHERE queue = $1 AND task = $2 AND key = $3 AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) AND key_expires_at <= $4;
 
--- FREE_KEY_FOR
--- Take the key of this finished job from another one whose time is over.
--- $1 now, $2 id
-UPDATE pqueue.jobs SET key_expires_at = NULL WHERE key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
-    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) AND key_expires_at <= $1
-    AND (queue, task, key) = (SELECT queue, task, key FROM pqueue.jobs WHERE id = $2);
-
 -- REPLACE
 -- Replace a job that no consumer has taken.
 -- $1 payload, $2 priority, $3 run_at, $4 expires_at, $5 state, $6 id
@@ -582,11 +575,6 @@ UPDATE pqueue.jobs SET state = 'pending' WHERE id = ANY (ARRAY(SELECT id FROM pq
 -- differs because these rows are locked, and those that others have locked are left out, so that nobody waits
 -- $1 now, $2 limit
 SELECT id, expires_at, error FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') AND expires_at <= $1 ORDER BY expires_at, id LIMIT $2 FOR UPDATE SKIP LOCKED;
-
--- EXPIRE
--- Cancel a job that was not started in time.
--- $1 now, $2 error, $3 id
-UPDATE pqueue.jobs SET state = 'cancelled', finished_at = $1, error = $2 WHERE id = $3 AND state IN ('waiting', 'scheduled', 'pending');
 
 -- LEASE_EXPIRED
 -- Return jobs whose lease has expired.
@@ -915,11 +903,6 @@ id = ANY (ARRAY(SELECT id FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SEL
 -- $1 ids
 DELETE FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint)));
 
--- RUNNING_JOBS
--- Return which of these jobs are processing. :ids is a JSON array.
--- $1 ids
-SELECT id FROM pqueue.jobs WHERE state || '' = 'processing' AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint)));
-
 -- STATES_OF
 -- Return the states of these jobs. :ids is a JSON array.
 -- $1 ids
@@ -1141,12 +1124,11 @@ SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(
 SELECT parent_id FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS pg_catalog.json)) AS bigint)))));
 
 -- FREE_KEYS
--- Take the keys whose time is over from the jobs that hold those of the dependents of these jobs.
+-- Take the keys of these jobs from others, whose time is over.
 -- differs because an OR, a join or a subquery could be planned as a scan of all rows
 -- $1 now, $2 ids
 UPDATE pqueue.jobs SET key_expires_at = NULL WHERE id = ANY (ARRAY(SELECT (SELECT id FROM pqueue.jobs o WHERE (o.queue, o.task, o.key) = (c.queue, c.task, c.key) AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
-    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) AND key_expires_at <= $1) FROM pqueue.jobs c
-    WHERE c.waits_for > 0 AND state || '' = 'failed' AND c.id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS pg_catalog.json)) AS bigint)))))));
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) AND key_expires_at <= $1) FROM pqueue.jobs c WHERE c.id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS pg_catalog.json)) AS bigint)))));
 
 -- RESTORE
 -- Let the jobs wait again that failed with these, which were resubmitted; return their ids.
