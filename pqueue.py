@@ -256,10 +256,8 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         """
         row = _new_job(task, queue, group, priority, delay_seconds, run_at, max_attempts, assigned_to, self._time(now))
         _set_expiry(row, expires_at, expire_seconds)
-        if (key, key_until, key_seconds, on_conflict) != NO_KEY:
-            if key is None:
-                raise ValueError("expected a key together with key_until, key_seconds or on_conflict")
-            row |= _key_options(key_until, key_seconds, on_conflict, row["now"])
+        row |= _key_options("a key", key, key_until, key_seconds, on_conflict, row["now"])
+        if key is not None:
             row["key"] = valid_name("key", key)
         row["payload"] = encode_json("payload", payload)
         if (after, after_failed) == NO_PARENTS:
@@ -341,15 +339,13 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         """
         row = _new_job(task, queue, group, priority, delay_seconds, run_at, max_attempts, assigned_to, self._time(now))
         _set_expiry(row, expires_at, expire_seconds)
+        row |= _key_options("keys", keys, key_until, key_seconds, on_conflict, row["now"])
         found = valid_list("payloads", payloads)
         if keys is None:
-            if (key_until, key_seconds, on_conflict) != NO_KEY[1:]:
-                raise ValueError("expected keys together with key_until, key_seconds or on_conflict")
             row |= {"payloads": encode_payloads(found), "number": len(found)}
             return self._store_after(pqueue_schema.ENQUEUE_MANY, [row] if found else [], after, after_failed)
         if isinstance(keys, str) or not isinstance(keys, Sequence) or len(keys) != len(found):
             raise ValueError(f"expected a list of {len(found)} keys, one per payload, got {short(keys)}")
-        row |= _key_options(key_until, key_seconds, on_conflict, row["now"])
         rows = [
             {**row, "key": valid_name("key", key), "payload": encode_json("payload", payload)}
             for key, payload in zip(keys, found, strict=True)
@@ -486,9 +482,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
                     session.finished += [job.id for job, _ in completions]
                     grouped = self._reclaim(session, dead, at)
                     params = claim_params(me, limit, wanted, lease_seconds, at)
-                    in_turn = self._claim_in_turn(session, params, me.prefetches) if limit and grouped else None
-                    rows = self._claim(session, params, me.prefetches) if limit and in_turn is None else in_turn or []
-                    jobs = self._claimed_jobs(rows, params, in_order=in_turn is not None)
+                    jobs = self._lease_next(session, params, me.prefetches, grouped) if limit else []
                     # guard: a job that has expired is not delivered
                     if has_expired := any(job.expires_at is not None and job.expires_at <= at for job in jobs):
                         raise ClaimAgain
@@ -500,6 +494,13 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
                 durable = True  # a power cut must not add an attempt
                 if has_expired:
                     self._cancel_all_expired(dead, self._time(now))
+
+    def _lease_next(self, session: Session, params: Params, prefetches: bool, grouped: bool) -> list[Job]:
+        """Lease up to :limit jobs, and return them in order. grouped: the groups of some queue take turns."""
+        in_turn = self._claim_in_turn(session, params, prefetches) if grouped else None
+        if in_turn is not None:
+            return self._claimed_jobs(in_turn, params, in_order=True)
+        return self._claimed_jobs(self._claim(session, params, prefetches), params)
 
     def _cancel_all_expired(self, dead: list[str] | None, now: float) -> None:
         """Cancel the jobs that have expired, in short transactions, also those whose deliveries were lost."""
@@ -729,10 +730,8 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
         The options are those of `dequeue`.
         """
-        return cast(
-            "float | None",
-            self._read(pqueue_schema.NEXT_DUE, claim_filter(valid_name("consumer", consumer), queues, tasks))[0][0],
-        )
+        wanted = claim_filter(valid_name("consumer", consumer), queues, tasks)
+        return cast("float | None", self._read(pqueue_schema.NEXT_DUE, wanted)[0][0])
 
     def heartbeat(self, consumer: str, *, completed: int = 0, failed: int = 0, now: float | None = None) -> None:
         """Record that this consumer is alive, and add to its numbers of completed jobs and failed attempts."""
@@ -758,7 +757,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
                     f"cannot register consumer {name!r}: this object has {MAX_CONSUMERS}, each with a lock; "
                     "reuse names, or end consumers with leave(name)"
                 )
-            me = Registration(name, self._take_slot())
+            me = Registration(name, self._adopt_slot(self._take_slot()))
             if me.slot:
                 undo.callback(me.slot.close)
             self._announce(me, os.getpid(), queues, tasks, now)
@@ -785,7 +784,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         that no other consumer takes back a job that still runs. This object may send the consumer's heartbeats, and
         unregisters it when it is closed.
         """
-        me = Registration(valid_name("consumer", consumer), self._share_slot(), is_shared=True)
+        me = Registration(valid_name("consumer", consumer), self._take_slot(), is_shared=True)
         self._registry = {**self._registry, consumer: me}
         return me
 
@@ -803,12 +802,8 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         self._announce(me, os.getppid(), queues, tasks, now)
         self._registry = {**self._registry, me.name: me}
 
-    def _share_slot(self) -> Any:
-        """Acquire the lock of a consumer for a child that is forked later."""
-        return self._take_slot()
-
     def _adopt_slot(self, slot: Any) -> Any:
-        """Return in the child the lock that its parent has acquired for it."""
+        """Make a slot that this process or its parent has taken show that this process is alive; return it."""
         return slot
 
     def held_jobs(self, consumer: str) -> list[Job]:
@@ -976,10 +971,6 @@ def _new_job(
         "run_at": due,
         "expires_at": due + task.expire_seconds if isinstance(task, Task) and task.expire_seconds else None,
         "max_attempts": None if max_attempts is None else valid_int("max_attempts", 1, max_attempts),
-        "key": None,
-        "key_until": None,
-        "key_expires_at": None,
-        "replaces": False,
         "assigned_to": None if assigned_to is None else valid_name("consumer", assigned_to),
         "meta": new_meta(),
         "now": now,
@@ -997,10 +988,17 @@ def _set_expiry(row: Params, at: float | datetime | None, seconds: float | timed
 
 
 NO_PARENTS = ((), "fail")  # the defaults of after and after_failed
-NO_KEY = (None, None, None, "keep")  # the defaults of key, key_until, key_seconds and on_conflict
+NO_KEY: Params = {"key": None, "key_until": None, "key_expires_at": None, "replaces": False}
 
 
-def _key_options(until: str | None, seconds: float | timedelta | None, on_conflict: str, now: float) -> Params:
+def _key_options(
+    what: str, given: object, until: str | None, seconds: float | timedelta | None, on_conflict: str, now: float
+) -> Params:
+    """Return how long jobs with the keys that were given hold them, and whether they replace others."""
+    if given is None:
+        if (until, seconds, on_conflict) != (None, None, "keep"):
+            raise ValueError(f"expected {what} together with key_until, key_seconds or on_conflict")
+        return NO_KEY
     if until is not None and seconds is not None:
         raise ValueError("expected key_until or key_seconds, got both")
     if until not in (None, "finished", "started"):

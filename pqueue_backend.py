@@ -237,7 +237,7 @@ class Backend(ABC):
 
     @abstractmethod
     def _take_slot(self) -> Any:
-        """Acquire a lock that shows that this consumer is alive; return it, with `number` and `close()`."""
+        """Acquire the lock of a consumer, perhaps for a child that is forked later; it has `number` and `close()`."""
 
     @abstractmethod
     def _is_alive(self, slot: int | None) -> bool:

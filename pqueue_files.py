@@ -65,7 +65,7 @@ class FileLocks:
     WRITING = (120, 1)  # of -shm, exclusive: WAL_WRITE_LOCK
     AVAILABLE = hasattr(fcntl, "F_OFD_SETLK")
 
-    _open: ClassVar[dict[tuple[int, int], FileLocks]] = {}  # by device and inode of the database
+    _open: ClassVar[dict[tuple[int, int], FileLocks]] = {}  # by the identity of the database
 
     def __init__(self, path: Path, key: tuple[int, int]) -> None:
         self._key, self._users = key, 0  # connections
@@ -180,6 +180,7 @@ def _holder(file: int, kind: int, where: tuple[int, int]) -> int:
 
 
 def identity(path: str | bytes | os.PathLike[str] | int) -> tuple[int, int]:
+    """Return the inode and the device of a file, also of an open one."""
     return os.stat(path)[1:3]
 
 
@@ -202,10 +203,10 @@ def open_files() -> dict[int, tuple[int, int]]:
     return found
 
 
-def _count_open(identity: tuple[int, int], excluded: Sequence[int] = ()) -> int | None:
+def _count_open(file: tuple[int, int], excluded: Sequence[int] = ()) -> int | None:
     """Return how many other descriptors of a file this process has; None: unknown."""
     found = open_files()
-    return sum(each == identity for number, each in found.items() if number not in excluded) if found else None
+    return sum(each == file for number, each in found.items() if number not in excluded) if found else None
 
 
 class DatabaseFiles:
@@ -458,10 +459,10 @@ def unlock(file: int) -> None:
 def is_stopped(pid: object) -> bool:
     """Return whether a process was stopped by a signal or a debugger, as far as /proc shows."""
     try:
-        status = Path(f"/proc/{pid}/stat").read_bytes()
+        found = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return False
-    return status.rpartition(b")")[2].split()[0] in (b"T", b"t")
+    return found.rpartition(b")")[2].split()[0] in (b"T", b"t")
 
 
 def file_system(folder: Path) -> str:

@@ -38,11 +38,11 @@ class WriterLock:
     another process (a stopped one, for example) has held it for that long, proceeds and relies on BEGIN IMMEDIATE.
 
     folder: where its files are; None: the platform has no such locks, and it is never acquired.
-    most_seconds: how long `acquire` waits at most for other threads, and then for other processes, if that is less.
+    most_seconds: how long `acquire` waits for other threads, and then for other processes, if that is less.
     """
 
     def __init__(self, folder: Path | None, most_seconds: float = math.inf) -> None:
-        self._most_seconds, self._thread_seconds = most_seconds, min(most_seconds, LOCK_TIMEOUT_SECONDS)
+        self._most_seconds = most_seconds
         self._thread = threading.Lock()
         self._closing = False
         self._closed = folder is None
@@ -57,7 +57,7 @@ class WriterLock:
     def acquire(self, *, in_batch: bool = False) -> bool:
         """Return whether the lock was acquired; if so, `release` must follow."""
         acquired = False
-        if not self._thread.acquire(timeout=self._thread_seconds):
+        if not self._thread.acquire(timeout=min(self._most_seconds, LOCK_TIMEOUT_SECONDS)):
             return False
         try:
             acquired = not self._closed and self._acquire(int(in_batch))
@@ -131,7 +131,7 @@ class FairLock:
         self._held_since = self._owned_since = 0.0  # since this process acquired it; since no other process has
         numbers = range(len(kinds))
         # guard: a released lock goes to the other line
-        self._order = [sorted(numbers, key=kind.__eq__) for kind in numbers]  # of waking, by the kind that releases
+        self._order = [[*(other for other in numbers if other != kind), kind] for kind in numbers]
         with ExitStack() as opened:
             self._file = Descriptor(open_private(path))
             opened.callback(self._file.close)
@@ -139,7 +139,8 @@ class FairLock:
             self._shared = opened.enter_context(memoryview(mapped).cast("d"))
             self._pipes: list[Descriptor] = []
             for kind in kinds:
-                self._pipes.append(_open_pipe(path.with_name(f"{path.name}{kind and '-'}{kind}.wakeup")))
+                name = f"{path.name}-{kind}" if kind else path.name
+                self._pipes.append(_open_pipe(path.with_name(f"{name}.wakeup")))
                 opened.callback(self._pipes[-1].close)
             self._opened = opened.pop_all()
 
@@ -204,7 +205,7 @@ class FairLock:
             self._shared[self.RESERVED_FOR], self._shared[self.RESERVED_UNTIL] = kind, now + HANDOVER_SECONDS
 
     def _next_kind(self, kind: int) -> int | None:
-        """Return which kind of waiter comes next when this kind releases the lock."""
+        """Return which kind of waiter is woken up when this kind releases the lock; None: nobody waits."""
         for other in self._order[kind]:
             if self._shared[self.WAITING_SINCE + other]:
                 return other

@@ -10,24 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, cast
 
+import pqueue_schema
 from pqueue_backend import Session
 from pqueue_groups import COUNT_ALL_RUNNING, LIST_GROUPS
 from pqueue_operating import Operating, count_running
 from pqueue_outcomes import COUNT_COLUMNS, HOUR
 from pqueue_schedules import SCHEDULE_COLUMNS
-from pqueue_schema import (
-    ADD_QUEUE,
-    ADD_TASK,
-    COLUMN_OF,
-    COLUMNS,
-    FINISHED,
-    FREE_KEY,
-    LIMITED,
-    MOVES,
-    RECORD_OPERATION,
-    STATES_OF,
-    UNLESS_HELD,
-)
+from pqueue_schema import COLUMN_OF, COLUMNS, FINISHED, MOVES, UNLESS_HELD
 from pqueue_values import MAX_ID, InvalidTransition, Job, Params, QueueError, command_line, operator_name, valid_list
 
 # A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
@@ -114,7 +103,7 @@ class Moving(Operating):
             self._start_groups(copy)
         self._reset_ids(copy)
         # guard: a copy counts what is pending
-        self._count_pending(copy, [row[0] for row in copy.run(LIMITED)])
+        self._count_pending(copy, [row[0] for row in copy.run(pqueue_schema.LIMITED)])
         return copied
 
     def copy_finished_to(self, target: Moving, progress: Callable[[int], None] | None = None) -> int:
@@ -239,7 +228,7 @@ class Moving(Operating):
     def _set_mark(self, session: Session, event: str, mark: Params, by: str | None, now: float | None) -> None:
         session.change(UNMARK)
         params = {"event": event, "actor": operator_name(by), "now": self._time(now)}
-        session.change(RECORD_OPERATION, {**params, "error": json.dumps(mark)})
+        session.change(pqueue_schema.RECORD_OPERATION, {**params, "error": json.dumps(mark)})
 
     def has_moved_to(self, target: Moving) -> bool:
         """Return whether this queue was moved to the target."""
@@ -309,7 +298,8 @@ def _copy_rows(source: Session, copy: Session, progress: Callable[[int], None] |
             pages = _pages_of(source, table, missing)
         for rows in pages:
             _write(copy, table, rows)
-            done += len(rows) * (table in COPIED_ROWS)
+            if table in COPIED_ROWS:
+                done += len(rows)
             if progress:
                 progress(done)
     copy.change("INSERT INTO queue_tasks SELECT DISTINCT queue, task FROM jobs WHERE true ON CONFLICT DO NOTHING")
@@ -382,14 +372,11 @@ def _pages_of(source: Session, table: str, job_ids: list[int]) -> Iterator[list[
 
 
 def _pages_of_counts(source: Session) -> Iterator[list[Any]]:
-    """Yield the counts, those of an hour or more at a time."""
-    columns = f"SELECT {COPIED['outcomes']} FROM outcomes WHERE event <> 'counted'"
-    times = source.run("SELECT DISTINCT period, at FROM outcomes WHERE event <> 'counted' ORDER BY period, at")
-    while times:
-        period, at = times[0]
-        which = f"period = {period} AND at >= {at} AND at < {at + HOUR} ORDER BY at"
-        yield source.run(f"{columns} AND {which}")
-        times = [each for each in times if each[0] != period or each[1] >= at + HOUR]
+    """Yield the counts, those of an hour at a time."""
+    counts = "FROM outcomes WHERE event <> 'counted'"
+    for period, hour in source.run(f"SELECT DISTINCT period, at - at % {HOUR} {counts} ORDER BY 1, 2"):
+        within = f"period = {period} AND at BETWEEN {hour} AND {hour + HOUR - 1}"
+        yield source.run(f"SELECT {COPIED['outcomes']} {counts} AND {within} ORDER BY at")
 
 
 def _in_pages(ids: list[int]) -> Iterator[list[int]]:
@@ -398,7 +385,7 @@ def _in_pages(ids: list[int]) -> Iterator[list[int]]:
 
 def arrival(mark: Params) -> list[tuple[str, Params]]:
     """Return the statements that turn a copy into an independent queue with a mark of its source."""
-    return [(UNMARK, {}), (RECORD_OPERATION, mark), (RESUME_ALL, {})]
+    return [(UNMARK, {}), (pqueue_schema.RECORD_OPERATION, mark), (RESUME_ALL, {})]
 
 
 def _copy_new_jobs(
@@ -438,7 +425,7 @@ def _copy_dependencies(
     """Let the copy of a job run after the copies of its parents, as far as they exist."""
     rows = source.run("SELECT parent_id, after_failed FROM dependencies WHERE job_id = :id", {"id": job["id"]})
     parents = sorted(new_ids.get(parent, parent) for parent, _ in rows)
-    if parents := [each for (each, _) in copy.run(STATES_OF, {"ids": json.dumps(parents)})]:
+    if parents := [each for (each, _) in copy.run(pqueue_schema.STATES_OF, {"ids": json.dumps(parents)})]:
         # guard: a job carried to the target waits for its parents there
         target._attach(copy, [new_ids[job["id"]]], parents, rows[0][1], now)
 
@@ -447,11 +434,11 @@ def _copy_job(source: Session, copy: Session, target: Moving, job: Params, now: 
     """Copy a job unless another one holds its key, and return its id; a finished one does not need its key."""
     if job["state"] == "waiting":
         job = {**job, "state": "scheduled", "waits_for": 0}
-    copy.change(ADD_QUEUE, {"queue": job["queue"]})
-    copy.change(ADD_TASK, {"queue": job["queue"], "task": job["task"]})
+    copy.change(pqueue_schema.ADD_QUEUE, {"queue": job["queue"]})
+    copy.change(pqueue_schema.ADD_TASK, {"queue": job["queue"], "task": job["task"]})
     if job["group"]:
         target._let_groups_take_turns(copy, job["queue"])
-    copy.change(FREE_KEY, {**job, "now": now})
+    copy.change(pqueue_schema.FREE_KEY, {**job, "now": now})
     keyless = {**job, "key_expires_at": None}
     is_over = job["key_expires_at"] is not None and job["key_expires_at"] <= now
     found = copy.run(COPY_JOB, keyless if is_over else job)

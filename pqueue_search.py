@@ -12,22 +12,9 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+import pqueue_schema
 from pqueue_backend import Backend
-from pqueue_schema import (
-    COLUMN_OF,
-    COLUMNS,
-    COUNTS,
-    EXPIRED_LEASES,
-    FAILURE_CHARS,
-    FAILURES,
-    INDEXED,
-    OPERATIONS,
-    PENDING_TASKS,
-    STALLED,
-    STATES,
-    THESE,
-    UNFINISHED_IDS,
-)
+from pqueue_schema import COLUMN_OF, COLUMNS, FAILURE_CHARS, INDEXED, STATES, THESE
 from pqueue_values import (
     MAX_ID,
     MAX_NUMBER,
@@ -103,11 +90,11 @@ class Reading(Backend):
         changed; "job_id", the first of them, or 0 for none. If there are very many, only the latest are counted.
         """
         params = {"limit": valid_int("limit", 1, limit), "rows": OPERATION_ROWS}
-        return self._dicts("at, actor, event, jobs, job_id", OPERATIONS, params)
+        return self._dicts("at, actor, event, jobs, job_id", pqueue_schema.OPERATIONS, params)
 
     def unfinished_payloads(self) -> Iterator[Any]:
         """Yield the payload of every job that is unfinished at the first `next`, reading 100 jobs at a time."""
-        ids = [row[0] for row in self._read(UNFINISHED_IDS)]  # in one statement, as states may change
+        ids = [row[0] for row in self._read(pqueue_schema.UNFINISHED_IDS)]  # in one statement, as states may change
         for start in range(0, len(ids), 100):
             chosen = ", ".join(map(str, ids[start : start + 100]))
             for row in self._read(f"SELECT payload FROM jobs WHERE id IN ({chosen})"):
@@ -122,7 +109,7 @@ class Reading(Backend):
             due, in Unix seconds, or None.
         "oldest_pending_at": the minimum over all queues, or None.
         """
-        counts = self._read(COUNTS)
+        counts = self._read(pqueue_schema.COUNTS)
         unknown = dict.fromkeys(("max_pending", "max_running", "rate", "oldest_pending_at"))
         empty: dict[str, Any] = {**dict.fromkeys(STATES, 0), "paused": False, **unknown}
         queues: dict[str, dict[str, Any]] = {}  # read last, so that no queue of `counts` is missing
@@ -142,17 +129,17 @@ class Reading(Backend):
 
     def pending_tasks(self) -> dict[tuple[str, str], int]:
         """Return the numbers of pending jobs that are not assigned, by queue and task."""
-        return {(queue, name): jobs for queue, name, jobs in self._read(PENDING_TASKS)}
+        return {(queue, name): jobs for queue, name, jobs in self._read(pqueue_schema.PENDING_TASKS)}
 
     def stalled(self, since: float) -> dict[tuple[str, str], int]:
         """Return what `pending_tasks` does, of the queues that make no progress: a job has been due, and none was
         started or finished, since this time, in Unix seconds."""
-        rows = self._read(STALLED, {"before": finite("since", since)})
+        rows = self._read(pqueue_schema.STALLED, {"before": finite("since", since)})
         return {(queue, name): jobs for queue, name, jobs in rows}
 
     def count_expired(self, before: float) -> int:
         """Return how many `processing` jobs have a lease that ran out before this time, in Unix seconds."""
-        return cast(int, self._read(EXPIRED_LEASES, {"before": finite("before", before)})[0][0])
+        return cast(int, self._read(pqueue_schema.EXPIRED_LEASES, {"before": finite("before", before)})[0][0])
 
     def failures(self, *, now: float | None = None) -> list[dict[str, Any]]:
         """Return the failed jobs grouped by task and `fingerprint` of the error, the last to fail first.
@@ -165,7 +152,7 @@ class Reading(Backend):
         at = self._time(now)
         first = at // 3600 * 3600 - 3600 * (TREND_HOURS - 1)
         for task, line, jobs, last_hour, last_id, first_at, last_at, hours in self._read(
-            FAILURES, {"since": at - 3600, "first": first}
+            pqueue_schema.FAILURES, {"since": at - 3600, "first": first}
         ):
             error = fingerprint(line)
             empty = {"task": task, "error": error, "jobs": 0, "last_hour": 0, "last_id": last_id}

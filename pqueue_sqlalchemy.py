@@ -889,10 +889,7 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
             self._listener.keep_listening()
             return self._listener
 
-    def _take_slot(self) -> ConsumerLock | None:
-        return self._adopt_slot(self._share_slot())
-
-    def _share_slot(self) -> ConsumerLock:
+    def _take_slot(self) -> ConsumerLock:
         return ConsumerLock(None, secrets.randbelow(2**31 - 1))
 
     def _adopt_slot(self, slot: ConsumerLock) -> ConsumerLock | None:

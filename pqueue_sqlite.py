@@ -1092,7 +1092,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _schema_problems(self) -> list[str]:
         with self._sqlite_errors():
-            triggers = [COUNTERS] * bool(self._read(LIMITED)) + [GROUPERS] * bool(self._read(GROUPED))
+            triggers = [each for each, is_used in ((COUNTERS, LIMITED), (GROUPERS, GROUPED)) if self._read(is_used)]
             missing = schema_of(*triggers) - set(self._read(DEFINITIONS))
         changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
         changed += [

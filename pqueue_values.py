@@ -67,7 +67,7 @@ class JobFailed(QueueError):
         self.job, self.state, self.error = job, job.state, job.error
         what = "was cancelled" if job.state == "cancelled" else job.state
         lines = (job.error or "").strip().splitlines()
-        super().__init__(f"job {job.id} ({job.task}) {what}{': ' * bool(lines)}{''.join(lines[:1])}")
+        super().__init__(f"job {job.id} ({job.task}) {what}{f': {lines[0]}' if lines else ''}")
 
     __reduce__ = _reduced
 

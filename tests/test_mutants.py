@@ -249,7 +249,7 @@ MUTANTS = [
     Mutant("running consumers keep their jobs", HISTORY, " AND consumers.state <> 'running'", ""),
     Mutant("a consumer that holds its lock is alive", HISTORY, "not (locks := self._consumer_locks) or slot is None or locks.is_held(slot)", "False"),
     # whose turn it is
-    Mutant("a released lock goes to the other line", "contract: that_came_first", "__eq__", "__ne__"),
+    Mutant("a released lock goes to the other line", "contract: that_came_first", "[*(other for other in numbers if other != kind), kind]", "[kind, *(other for other in numbers if other != kind)]"),
     Mutant("releasing the lock wakes up a waiter", "contract: woken_one_after"),
     Mutant("a released line wakes up the next", "contract: if_none_is_recorded"),
     Mutant("a writer that has waited long is not overtaken", "contract: newcomer", " or now - self._shared[self.WAITING_SINCE + kind] >= OVERTAKE_SECONDS", ""),
