@@ -34,10 +34,13 @@ HISTORY = "at, event, actor, attempt, error, started_at"
 HISTORY_OF = f"SELECT {HISTORY} FROM history WHERE job_id = :id ORDER BY +id"
 COPY_HISTORY = f"INSERT INTO history (job_id, {HISTORY}) VALUES (:id, :{HISTORY.replace(', ', ', :')})"
 
-# The tables and columns to copy; the first column is the key. Consumers are not copied: they are local processes.
+# The tables and columns to copy. Consumers are not copied: they are local processes.
 COPIED = {
     "queues": "name, paused, max_pending, keep_completed_seconds, keep_failed_seconds, keep_cancelled_seconds, "
     "grouped, max_running, rate_jobs, rate_seconds, turn, unnamed_turn, max_wait_seconds, max_failed_share",
+    "queue_groups": "queue, name, task, turn",  # before the jobs, for which triggers may add rows
+    "group_weights": "queue, name, weight",
+    "group_starts": "queue, name, n, at",
     "jobs": COLUMNS,
     "history": "id, job_id, at, event, actor, attempt, error, started_at",
     "schedules": SCHEDULE_COLUMNS,
@@ -45,13 +48,8 @@ COPIED = {
     "dependencies": "id, job_id, parent_id, after_failed",
     "outcomes": COUNT_COLUMNS,
 }
-COPIED_GROUPS = {
-    "queue_groups": "queue, name, task, turn",
-    "group_weights": "queue, name, weight",
-    "group_starts": "queue, name, n, at",
-}
-COPIED_ROWS = tuple(table for table in COPIED if table != "outcomes")  # that are worth reporting
-NAMED_TABLES = ("queues", "schedules", "handlers")  # small ones whose key is a name
+SMALL_TABLES = ("queues", "queue_groups", "group_weights", "group_starts", "schedules", "handlers")
+COPIED_ROWS = ("queues", "jobs", "history", "schedules", "handlers", "dependencies")  # that are worth reporting
 PAGE = 1000  # rows
 # The columns by which a job is compared with its copy: all but the long ones, which do not change alone
 OUTLINE = ", ".join(column for column in COLUMN_OF.values() if column not in ("payload", "result", "error"))
@@ -129,8 +127,10 @@ class Moving(Operating):
             with target._transaction(durable=False) as copy:
                 # guard: a partial copy that is used is left alone
                 _expect_unused(copy)
-                _write(copy, "jobs", rows)
-                _write(copy, "history", self._read(_select("history", "job_id", [row[0] for row in rows])))
+                ids = [row[0] for row in rows]
+                _write(copy, "jobs", rows, _among("id", ids))
+                events = self._read(f"SELECT {COPIED['history']} FROM history WHERE {_among('job_id', ids)}")
+                _write(copy, "history", events, _among("job_id", ids))
                 target._reset_ids(copy)  # if somebody uses it
             copied += len(rows)
             if progress:
@@ -286,63 +286,39 @@ def _expect_unused(copy: Session) -> None:
 
 def _copy_rows(source: Session, copy: Session, progress: Callable[[int], None] | None) -> dict[str, int]:
     """Copy and compare the tables; return the number of rows of each."""
-    for table in (*NAMED_TABLES, "dependencies", "outcomes"):
+    for table in (*SMALL_TABLES, "dependencies", "outcomes"):
         copy.change(f"DELETE FROM {table}")
     copy.change(FORGET_OPERATIONS)
     missing = _update_partial_copy(source, copy) if copy.run(PARTIAL) else None
     copy.change(UNMARK_PARTIAL)
     done = 0
     for table, columns in COPIED.items():
-        pages = _pages_of_counts(source) if table == "outcomes" else _pages(source, table, columns)
-        if missing is not None and table in ("jobs", "history"):
-            pages = _pages_of(source, table, missing)
-        for rows in pages:
-            _write(copy, table, rows)
+        for where in _parts(source, table, missing):
+            rows = source.run(f"SELECT {columns} FROM {table} WHERE {where}")
+            _write(copy, table, rows, where)
             if table in COPIED_ROWS:
                 done += len(rows)
             if progress:
                 progress(done)
     copy.change("INSERT INTO queue_tasks SELECT DISTINCT queue, task FROM jobs WHERE true ON CONFLICT DO NOTHING")
-    _copy_groups(source, copy)
+    copy.change(LIST_GROUPS)
+    copy.change(COUNT_ALL_RUNNING)
     return {table: copy.run(f"SELECT count(*) FROM {table}")[0][0] for table in COPIED_ROWS}
 
 
-def _copy_groups(source: Session, copy: Session) -> None:
-    """Copy the turns, weights and last deliveries of all groups."""
-    for table, columns in COPIED_GROUPS.items():
-        copy.change(f"DELETE FROM {table}")
-        _insert(copy, table, columns, source.run(f"SELECT {columns} FROM {table}"))
-    copy.change(LIST_GROUPS)
-    copy.change(COUNT_ALL_RUNNING)
-
-
-def _write(copy: Session, table: str, rows: list[Any]) -> None:
-    """Insert rows, read them back, and compare them."""
+def _write(copy: Session, table: str, rows: list[Any], where: str) -> None:
+    """Insert the rows that are selected by a condition, read them back, and compare them."""
     columns = COPIED[table]
-    _insert(copy, table, columns, rows)
-    if table == "outcomes":
-        (period, first, *_), (_, last, *_) = rows[0], rows[-1]
-        which = f"SELECT {columns} FROM outcomes WHERE period = {period} AND at BETWEEN {first} AND {last}"
-    elif table in NAMED_TABLES:
-        which = f"SELECT {columns} FROM {table}"
-    else:
-        which = _select(table, "id", [row[0] for row in rows])
-    if not {repr(tuple(row)) for row in rows} <= {repr(tuple(row)) for row in copy.run(which)}:
+    names = _names(columns)
+    sql = f"INSERT INTO {table} ({columns}) VALUES (:{', :'.join(names)})"
+    copy.change_many(sql, [dict(zip(names, row, strict=True)) for row in rows])
+    written = copy.run(f"SELECT {columns} FROM {table} WHERE {where}")
+    if not {repr(tuple(row)) for row in rows} <= {repr(tuple(row)) for row in written}:
         raise QueueError(f"cannot copy {table}: what was read back is not what was written")
 
 
 def _names(columns: str) -> list[str]:
     return columns.replace('"', "").split(", ")
-
-
-def _insert(copy: Session, table: str, columns: str, rows: list[Any]) -> None:
-    names = _names(columns)
-    sql = f"INSERT INTO {table} ({columns}) VALUES (:{', :'.join(names)})"
-    copy.change_many(sql, [dict(zip(names, row, strict=True)) for row in rows])
-
-
-def _select(table: str, column: str, ids: Iterable[int]) -> str:
-    return f"SELECT {COPIED[table]} FROM {table} WHERE {column} IN ({', '.join(map(str, ids)) or 'NULL'})"
 
 
 def _update_partial_copy(source: Session, copy: Session) -> list[int]:
@@ -357,26 +333,32 @@ def _update_partial_copy(source: Session, copy: Session) -> list[int]:
         # guard: a job that changed is copied again
         same = {row[0] for row in rows if there.get(row[0]) == tuple(row)}
         for ids in _in_pages(sorted(there.keys() - same)):
-            for table, column in (("history", "job_id"), ("jobs", "id")):
-                copy.change(f"DELETE FROM {table} WHERE {column} IN ({', '.join(map(str, ids))})")
+            copy.change(f"DELETE FROM history WHERE {_among('job_id', ids)}")
+            copy.change(f"DELETE FROM jobs WHERE {_among('id', ids)}")
         missing += [row[0] for row in rows if row[0] not in same]
         low = high
     return missing
 
 
-def _pages_of(source: Session, table: str, job_ids: list[int]) -> Iterator[list[Any]]:
-    """Yield the rows of these jobs in a table, and the history that is of no job."""
-    column, ids = ("id", job_ids) if table == "jobs" else ("job_id", [0, *job_ids])
-    for page in _in_pages(ids):
-        yield source.run(_select(table, column, page))
+def _parts(source: Session, table: str, missing: list[int] | None) -> Iterator[str]:
+    """Yield conditions that together select what is to be copied of a table: all, or only the missing jobs."""
+    if table in SMALL_TABLES:
+        yield "true"
+    elif table == "outcomes":
+        hours = f"SELECT DISTINCT period, at - at % {HOUR} FROM outcomes WHERE event <> 'counted' ORDER BY 1, 2"
+        for period, hour in source.run(hours):
+            yield f"event <> 'counted' AND period = {period} AND at BETWEEN {hour} AND {hour + HOUR - 1}"
+    elif missing is not None and table in ("jobs", "history"):
+        column, ids = ("id", missing) if table == "jobs" else ("job_id", [0, *missing])  # 0: the history of no job
+        for page in _in_pages(ids):
+            yield _among(column, page)
+    else:
+        for rows in _pages(source, table, "id"):
+            yield f"id BETWEEN {rows[0][0]} AND {rows[-1][0]}"
 
 
-def _pages_of_counts(source: Session) -> Iterator[list[Any]]:
-    """Yield the counts, those of an hour at a time."""
-    counts = "FROM outcomes WHERE event <> 'counted'"
-    for period, hour in source.run(f"SELECT DISTINCT period, at - at % {HOUR} {counts} ORDER BY 1, 2"):
-        within = f"period = {period} AND at BETWEEN {hour} AND {hour + HOUR - 1}"
-        yield source.run(f"SELECT {COPIED['outcomes']} {counts} AND {within} ORDER BY at")
+def _among(column: str, ids: Iterable[int]) -> str:
+    return f"{column} IN ({', '.join(map(str, ids))})"
 
 
 def _in_pages(ids: list[int]) -> Iterator[list[int]]:
@@ -451,10 +433,9 @@ def _copy_job(source: Session, copy: Session, target: Moving, job: Params, now: 
     return None
 
 
-def _pages(session: Session, table: str, columns: str, after: Any = None) -> Iterator[list[Any]]:
-    key = columns.split(", ", 1)[0]
-    after = ("" if key == "name" else -1) if after is None else after
-    sql = f"SELECT {columns} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT {PAGE}"
+def _pages(session: Session, table: str, columns: str, after: int = -1) -> Iterator[list[Any]]:
+    """Yield the rows of a table with an id above `after`, in order; the first of the columns is the id."""
+    sql = f"SELECT {columns} FROM {table} WHERE id > :after ORDER BY id LIMIT {PAGE}"
     while rows := session.run(sql, {"after": after}):
         yield rows
         after = rows[-1][0]
