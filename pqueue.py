@@ -881,10 +881,10 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         session.wakes = True
 
     def _find_dead(self) -> list[str] | None:
-        """Return the tokens of dead consumers, or None if the last check was less than a second ago.
+        """Return the tokens of consumers that have died, once a second; None: the jobs of dead ones need no look.
 
-        Mostly return None if there are none: the jobs of a consumer are taken back when it is found dead, so hardly
-        any are left, and to look for those reads all jobs that are processing.
+        An empty list means to look for jobs that earlier dead ones have left. Hardly any are, as they are taken back
+        when a consumer is found dead, and the look reads all jobs that are processing: so that is once a minute.
         """
         now = time.monotonic()
         if now - self._dead_checked_at < DEAD_CHECK_SECONDS:

@@ -107,11 +107,13 @@ class Session(ABC):
                 self._commit()
         finally:
             self._cleanup()
-        if error is None and self.lost is not None:
+        if error is not None:
+            return
+        if self.lost is not None:
             raise self.lost
-        if error is None and self.wakes:
+        if self.wakes:
             self._wake()
-        if error is None and self.finished:
+        if self.finished:
             self._wake_waiters()
 
     def _expect_to_go_on(self) -> None:

@@ -212,8 +212,8 @@ def _count_open(file: tuple[int, int], excluded: Sequence[int] = ()) -> int | No
 class DatabaseFiles:
     """The files of a connection, to notice when one is replaced, moved or deleted."""
 
-    # The resolution of st_mtime with a margin: on file systems that store whole seconds, and on others (10 ms)
-    MTIME_SECONDS = (3.0, 0.03)
+    # The resolution of st_mtime with a margin: 10 ms, or a second where only whole seconds are stored
+    FINE_SECONDS, COARSE_SECONDS = 0.03, 3.0
 
     def __init__(self, path: Path, before: Collection[int]) -> None:
         """before: the descriptors of the process before SQLite opened the files."""
@@ -251,7 +251,8 @@ class DatabaseFiles:
         if folder.st_mtime_ns != self._changed_ns or folder[1:3] != self._folder_identity:
             if self._identities() != self._opened:
                 raise replaced(self._path)
-            if time.time() - folder.st_mtime > self.MTIME_SECONDS[folder.st_mtime_ns % 1_000_000_000 > 0]:
+            is_whole = folder.st_mtime_ns % 1_000_000_000 == 0
+            if time.time() - folder.st_mtime > (self.COARSE_SECONDS if is_whole else self.FINE_SECONDS):
                 # Any later change will give the folder another st_mtime.
                 self._changed_ns, self._folder_identity = folder.st_mtime_ns, folder[1:3]
 

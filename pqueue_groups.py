@@ -566,7 +566,8 @@ class Grouping(Backend):
 
     def _begin_turns(self, session: Session, params: Params) -> bool:
         """Let no other transaction change the turns, and update which groups may have a job to claim. Return False if
-        there certainly is no such group."""
+        there certainly is none. Adds to params whether jobs are assigned to the consumer (has_assigned), and whether
+        some queue has no groups (has_others)."""
         is_due, params["has_assigned"], params["has_others"], is_ready = session.run(OUTLOOK, params)[0]
         if is_due:
             session.change(WAKE_DELAYED, params)

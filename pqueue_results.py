@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from contextlib import closing, suppress
 from datetime import timedelta
@@ -71,7 +71,7 @@ class Waits:
         except BaseException as error:  # each waiter raises it
             with self._changed:
                 self._thread = self._watch = None
-                self._fail(error)
+                self._end(dict.fromkeys(self._waiting, error))
 
     def _awaited(self) -> list[int]:
         """Return the jobs that are waited for; none: the thread must end."""
@@ -82,14 +82,11 @@ class Waits:
                     del self._waiting[job_id]
             self._changed.wait_for(lambda: self._waiting or self._closed, LINGER_SECONDS)
             if self._closed:
-                self._fail(QueueError("cannot wait for a result: the queue object was closed"))
+                error = QueueError("cannot wait for a result: the queue object was closed")
+                self._end(dict.fromkeys(self._waiting, error))
             if not self._waiting:
                 self._thread = self._watch = None
             return list(self._waiting)
-
-    def _fail(self, error: BaseException) -> None:
-        for job_id in list(self._waiting):
-            self._end(job_id, error)
 
     def _end_finished(self, job_ids: list[int], finished: Finished) -> bool:
         """End the waits for the jobs that have finished; return whether there were any."""
@@ -97,18 +94,19 @@ class Waits:
         with suppress(QueueBusy):  # it reads again later
             found = finished(job_ids)
         with self._changed:
-            for job_id, outcome in found.items():
-                self._end(job_id, outcome)
+            self._end(found)
         return bool(found)
 
-    def _end(self, job_id: int, outcome: Job | BaseException) -> None:
-        for done in self._waiting.pop(job_id, []):
-            if not done.set_running_or_notify_cancel():
-                continue
-            if isinstance(outcome, BaseException):
-                done.set_exception(outcome)
-            else:
-                done.set_result(outcome)
+    def _end(self, outcomes: Mapping[int, Job | BaseException]) -> None:
+        """End the waits for these jobs, each with the job or an error."""
+        for job_id, outcome in outcomes.items():
+            for done in self._waiting.pop(job_id, []):
+                if not done.set_running_or_notify_cancel():
+                    continue
+                if isinstance(outcome, BaseException):
+                    done.set_exception(outcome)
+                else:
+                    done.set_result(outcome)
 
 
 class Waiting(Reading):

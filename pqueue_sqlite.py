@@ -878,10 +878,11 @@ class PersistentQSQLite(PersistentQInterface):
             return not (locks := self._consumer_locks) or slot is None or locks.is_held(slot)
 
     def _publish_begun(self, me: Registration) -> bool:
+        if not (me.slot and boot_id()):
+            return False
         with opening(self._folder):
-            if me.slot and boot_id():
-                me.slot.publish(me.token)
-        return bool(me.slot and boot_id())
+            me.slot.publish(me.token)
+        return True
 
     def _note_begun(self, job: Job) -> None:
         me = self._registry.get(job.consumer or "")
