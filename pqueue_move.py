@@ -8,7 +8,7 @@ import shlex
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pqueue_schema
 from pqueue_backend import Session
@@ -22,8 +22,9 @@ from pqueue_values import MAX_ID, InvalidTransition, Job, Params, QueueError, co
 # A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
 # running jobs, then 'moved', with {"token", "to"}; `attempt` is the number of calls of `finish_move`. In the target:
 # 'moved here', with {"token", "last_id"}: the last job of the source copied as of the call number `attempt`.
-MARK = f"SELECT id, at, event, attempt, error FROM history WHERE job_id = 0 AND event IN {MOVES} ORDER BY +id DESC"
-MARKS_HERE = "SELECT id, attempt, error FROM history WHERE job_id = 0 AND event = 'moved here' ORDER BY +id DESC"
+_MARKS = "SELECT id, at, event, attempt, error FROM history WHERE job_id = 0 AND event"
+MARK = f"{_MARKS} IN {MOVES} ORDER BY +id DESC"
+MARKS_HERE = f"{_MARKS} = 'moved here' ORDER BY +id DESC"
 UNMARK = f"DELETE FROM history WHERE job_id = 0 AND event IN {MOVES}"
 PAUSE_ALL = "UPDATE queues SET paused = 2 WHERE paused = 0"
 RESUME_ALL = "UPDATE queues SET paused = 0 WHERE paused = 2"
@@ -63,6 +64,20 @@ IS_USED = "SELECT 1 FROM queue_tasks LIMIT 1"  # a job was enqueued; a partial c
 FINISHED_JOBS = f"""
 SELECT {COLUMNS} FROM jobs WHERE id > :after AND finished_at IS NOT NULL AND key_expires_at IS NULL
 ORDER BY id LIMIT {PAGE}"""
+
+
+class Mark(NamedTuple):
+    """A mark of a move: a row of MARK or MARKS_HERE. `facts` is the JSON in its `error`."""
+
+    id: int
+    at: float
+    event: str
+    attempt: int
+    facts: Params
+
+
+def _marks(rows: list[Any]) -> list[Mark]:
+    return [Mark(*row)._replace(facts=json.loads(row[4])) for row in rows]
 
 
 class Moving(Operating):
@@ -148,8 +163,8 @@ class Moving(Operating):
 
         It is a dict: "event", "moving" until `move_to`, then "moved"; "at", Unix seconds; "to", the name of the target.
         """
-        rows = self._read(MARK)
-        return {"event": rows[0][2], "at": rows[0][1], "to": json.loads(rows[0][4])["to"]} if rows else None
+        marks = _marks(self._read(MARK))
+        return {"event": marks[0].event, "at": marks[0].at, "to": marks[0].facts["to"]} if marks else None
 
     def begin_move(self, to: str, *, by: str | None = None, now: float | None = None) -> int:
         """Pause all queues, including those created later, and return how many jobs are still `processing`.
@@ -162,16 +177,16 @@ class Moving(Operating):
         dead = self._find_dead()
         with self._transaction() as session:
             self._lock_out_writers(session)
-            marks: list[tuple[str, Params]] = [(row[2], json.loads(row[4])) for row in session.run(MARK)]
-            event, known = marks[0] if marks else ("", {})
-            if event == "moved" and known["to"] != to:
+            marks = _marks(session.run(MARK))
+            known_to = marks[0].facts["to"] if marks else None
+            if marks and marks[0].event == "moved" and known_to != to:
                 raise QueueError(
-                    f"cannot move: this queue was moved to {known['to']}; finish that with {command_line()} move "
+                    f"cannot move: this queue was moved to {known_to}; finish that with {command_line()} move "
                     "--to URL --finish, or cancel it with --cancel"
                 )
             self._reclaim(session, dead, self._time(now))
             session.change(PAUSE_ALL)
-            if known.get("to") != to:
+            if known_to != to:
                 self._set_mark(session, "moving", {"to": to}, by, now)
             return count_running(session)
 
@@ -232,9 +247,8 @@ class Moving(Operating):
 
     def has_moved_to(self, target: Moving) -> bool:
         """Return whether this queue was moved to the target."""
-        rows = self._read(MARK)
-        token = json.loads(rows[0][4]).get("token") if rows else None
-        return token is not None and any(json.loads(row[2])["token"] == token for row in target._read(MARKS_HERE))
+        tokens = {mark.facts.get("token") for mark in _marks(self._read(MARK))}
+        return any(mark.facts["token"] in tokens for mark in _marks(target._read(MARKS_HERE)))
 
     def cancel_move(self) -> None:
         """Resume the queues that the move paused.
@@ -256,8 +270,8 @@ class Moving(Operating):
         """
         with self._transaction() as source:
             self._lock_out_writers(source)
-            rows = source.run(MARK)
-            if not rows or rows[0][2] != "moved":
+            marks = _marks(source.run(MARK))
+            if not marks or marks[0].event != "moved":
                 raise QueueError("cannot finish: this queue was not moved yet; run move without --finish first")
             if running := count_running(source):
                 raise InvalidTransition(
@@ -266,11 +280,10 @@ class Moving(Operating):
                 )
             with target._transaction() as copy:
                 target._lock_out_writers(copy)
-                mark, attempt = json.loads(rows[0][4]), rows[0][3]
-                carried, known = _copy_new_jobs(source, copy, target, mark, attempt, self._time(now))
+                carried, known = _copy_new_jobs(source, copy, target, marks[0], self._time(now))
             # The target has recorded what it copied, so that after a crash here this can be called again.
             deleted = self.delete_jobs()
-            source.change("UPDATE history SET attempt = attempt + 1 WHERE id = :id", {"id": rows[0][0]})
+            source.change("UPDATE history SET attempt = attempt + 1 WHERE id = :id", {"id": marks[0].id})
         return {"carried": carried, "known": known, "deleted": deleted}
 
 
@@ -370,18 +383,15 @@ def arrival(mark: Params) -> list[tuple[str, Params]]:
     return [(UNMARK, {}), (pqueue_schema.RECORD_OPERATION, mark), (RESUME_ALL, {})]
 
 
-def _copy_new_jobs(
-    source: Session, copy: Session, target: Moving, mark: Params, attempt: int, now: float
-) -> tuple[int, int]:
+def _copy_new_jobs(source: Session, copy: Session, target: Moving, mark: Mark, now: float) -> tuple[int, int]:
     """Copy new jobs to the target, under new ids; return how many, and how many were skipped by key."""
-    here = [(row, known) for row in copy.run(MARKS_HERE) if (known := json.loads(row[2]))["token"] == mark["token"]]
-    if not here:
-        raise QueueError(f"cannot finish: expected the target to be {mark['to']}, to which this queue was moved")
-    (mark_id, at_attempt, _), known = here[0]
+    here = next((m for m in _marks(copy.run(MARKS_HERE)) if m.facts["token"] == mark.facts["token"]), None)
+    if here is None:
+        raise QueueError(f"cannot finish: expected the target to be {mark.facts['to']}, to which this queue was moved")
     new_ids: dict[int, int] = {}
     doubles = 0
     # guard: ids may restart after a finished move
-    last_id = known["last_id"] if at_attempt == attempt else 0  # after a --finish, ids may start at 1 again
+    last_id = here.facts["last_id"] if here.attempt == mark.attempt else 0  # after a --finish, ids may start at 1 again
     for rows in _pages(source, "jobs", COLUMNS, after=last_id):
         for row in rows:
             job = dict(zip(Job._fields, row, strict=True))
@@ -392,11 +402,8 @@ def _copy_new_jobs(
                 new_ids[job["id"]] = new_id
                 _copy_dependencies(source, copy, target, job, new_ids, now)
         last_id = rows[-1][0]
-    error = json.dumps({**known, "last_id": last_id})
-    copy.change(
-        "UPDATE history SET attempt = :attempt, error = :error WHERE id = :id",
-        {"id": mark_id, "attempt": attempt, "error": error},
-    )
+    params = {"id": here.id, "attempt": mark.attempt, "error": json.dumps({**here.facts, "last_id": last_id})}
+    copy.change("UPDATE history SET attempt = :attempt, error = :error WHERE id = :id", params)
     copy.wakes = True
     return len(new_ids), doubles
 

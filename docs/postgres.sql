@@ -969,13 +969,10 @@ SELECT DISTINCT queue, "group", task FROM pqueue.jobs WHERE state = 'pending' AN
 ON CONFLICT DO NOTHING;
 
 -- MARK
--- A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
--- running jobs, then 'moved', with {"token", "to"}; `attempt` is the number of calls of `finish_move`. In the target:
--- 'moved here', with {"token", "last_id"}: the last job of the source copied as of the call number `attempt`.
 SELECT id, at, event, attempt, error FROM pqueue.history WHERE job_id = 0 AND event IN ('moving', 'moved') ORDER BY +id DESC;
 
 -- MARKS_HERE
-SELECT id, attempt, error FROM pqueue.history WHERE job_id = 0 AND event = 'moved here' ORDER BY +id DESC;
+SELECT id, at, event, attempt, error FROM pqueue.history WHERE job_id = 0 AND event = 'moved here' ORDER BY +id DESC;
 
 -- UNMARK
 DELETE FROM pqueue.history WHERE job_id = 0 AND event IN ('moving', 'moved');

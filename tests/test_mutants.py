@@ -327,7 +327,7 @@ MUTANTS = [
     Mutant("a stamped copy's name is synced", FILES),
     Mutant("a queue that is created during a move is paused", "test_move.py: created_during", "THEN 2", "THEN 0"),
     Mutant("nothing is moved while a job runs", "test_move.py: created_during"),
-    Mutant("ids may restart after a finished move", "test_move.py: finishing_a_move_again", "at_attempt == attempt", "True"),
+    Mutant("ids may restart after a finished move", "test_move.py: finishing_a_move_again", "here.attempt == mark.attempt", "True"),
     Mutant("the application's triggers do not fire in a copy", "test_move.py: do_not_fire"),
     Mutant("a migration is one transaction", "test_commit_points.py: killed and schema"),
     # errors
