@@ -6,10 +6,10 @@ Changes: a comparison inverted or moved by its bound, `and` for `or`, a `not` re
 inverted, None returned, a statement removed, and a term of a condition in SQL replaced by one that is always true.
 --terms tries all of the last kind, nothing else.
 
-The tests are the contract suite on SQLite, the model test and those named after a module; for PostgreSQL's modules its
-contract suite. They run once to record which test runs which lines, in child processes, too. A change is then tried
-with the tests that run its statement, first with those that are fast and noticed others; that of a constant, or of a
-function that is called at import, with those that use it.
+The tests are the contract suite on SQLite, the model test and those named after a module; for PostgreSQL's modules,
+its tests. They run once to record which test runs which lines, in child processes, too. A change is then tried with the
+tests that run its statement, first with those that are fast and noticed others; that of a constant, or of a function
+that is called at import, with those that use it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from run import memory
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "--assert=plain"]
 ON_SQLITE = ["test_pqueue.py", "tests/test_model.py", "-knot AtNormalDurability and not killed_anywhere"]
-ON_POSTGRES = ["tests/test_postgres.py", "-kPostgresContract"]
+ON_POSTGRES = [f"tests/test_postgres{part}.py" for part in ("", "_connections", "_isolation", "_plans")]
+ON_POSTGRES += ["-kPostgresContract or not Contract and not at_the_limit"]  # which takes too long when recorded
 OF_POSTGRES = {"pqueue_listener.py", "pqueue_postgres.py", "pqueue_sqlalchemy.py"}
 EXTRA_SECONDS = 30  # in addition to twice the time its tests took before, after which a mutant counts as noticed
 
@@ -49,9 +50,15 @@ RECORDER = """
 import fcntl, os, sys, threading
 from os import write  # which a test may replace
 opened = os.open(os.environ["MUTANTS_RECORD"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-output = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 100)  # tests close lower ones
+output = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 1000)  # tests close lower ones
 os.close(opened)
 names, seen, importing = {}, set(), []
+
+def record(line):
+    try:
+        write(output, f"{line}\\n".encode())
+    except OSError:  # closed by a test of daemons, in its child
+        pass
 
 def trace(frame, event, _):
     path = frame.f_code.co_filename
@@ -66,12 +73,12 @@ def trace(frame, event, _):
         elif event == "return":
             importing[:] = [each for each in importing if each[1] is not frame]
         return trace
-    line = f"{names[path]}:{frame.f_lineno}\\n"
+    line = f"{names[path]}:{frame.f_lineno}"
     for name, module in importing[-1:]:
         line = f"import {name}:{module.f_lineno} {line}"
     if line not in seen:
         seen.add(line)
-        write(output, line.encode())
+        record(line)
     return trace
 
 def pytest_runtest_logstart(nodeid):
@@ -79,10 +86,10 @@ def pytest_runtest_logstart(nodeid):
     for name in [name for name in sys.modules if name.startswith("pqueue")]:
         for value in list(vars(sys.modules[name]).values()):
             getattr(value, "cache_clear", int)()  # so that each test runs what is cached
-    write(output, f"test {nodeid}\\n".encode())
+    record(f"test {nodeid}")
 
 def pytest_runtest_logreport(report):
-    write(output, f"took {report.duration} {report.nodeid}\\n".encode())
+    record(f"took {report.duration} {report.nodeid}")
 
 sys.settrace(trace)
 threading.settrace(trace)
@@ -358,7 +365,7 @@ def recorded(folder: Path, texts: dict[str, str], suite: list[str]) -> Record:
     plugins.mkdir()
     (plugins / "sitecustomize.py").write_text(RECORDER)
     variables = {"MUTANTS_RECORD": str(output), "PYTHONPATH": str(plugins), "PYTHONDONTWRITEBYTECODE": ""}
-    if (failed := failure([*suite, "-psitecustomize"], folder, 900, **variables)) is not None:
+    if (failed := failure([*suite, "-psitecustomize"], folder, 1800, **variables)) is not None:
         sys.exit(f"expected the tests to pass without a change, but one failed: {failed}")
     with output.open() as lines:
         sources = {module: ast.parse(text) for module, text in texts.items()}
