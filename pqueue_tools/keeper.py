@@ -41,7 +41,7 @@ from pqueue_tools.process import (
     retry_while_busy,
 )
 from pqueue_tools.record import Record, Run, Slot
-from pqueue_tools.task_output import TaskOutput, high_copy, outputs, redirect
+from pqueue_tools.task_output import TaskOutput, high_copy, outputs
 from pqueue_values import NoConnection
 
 IDLE_SECONDS = 1.0  # how often an idle keeper looks at the worker
@@ -278,8 +278,9 @@ class Keeper:
             self._pid = os.fork()
             if self._pid == 0:
                 processes.end_with_parent(parent)
-                redirect(self._outputs, self.record)
-                worker.run_process(self.queue, self.shared, self.record, self.options, self._wakeup, self._dump)
+                worker.run_process(
+                    self.queue, self.shared, self.record, self.options, self._outputs, self._wakeup, self._dump
+                )
         self.leases.pid = self._pid
         with suppress(OSError):
             os.setpgid(self._pid, 0)  # whichever of both is first

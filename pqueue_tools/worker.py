@@ -34,6 +34,7 @@ from pqueue_tools.masking import masked_text
 from pqueue_tools.outcome import Outcome, delay_after, encoded_result, error_text, outcome_of, summary, trace_of
 from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, report, retry_soon, retry_while_busy
 from pqueue_tools.record import MAX_CONCURRENCY, Record, Slot
+from pqueue_tools.task_output import TaskOutput, redirect
 from pqueue_values import Encoded, NoConnection, above_0, duration, short, valid_int, valid_name
 
 if TYPE_CHECKING:
@@ -582,14 +583,22 @@ def _other_transactions() -> bool:
 
 
 def run_process(
-    queue: PersistentQInterface, shared: Registration, record: Record, options: Namespace, pipe: int, dump: int
+    queue: PersistentQInterface,
+    shared: Registration,
+    record: Record,
+    options: Namespace,
+    outputs: list[TaskOutput],
+    pipe: int,
+    dump: int,
 ) -> NoReturn:
     """Be the worker process, just forked from the keeper: run jobs, and exit.
 
-    pipe: what is written to it wakes the keeper. dump: the file for tracebacks.
+    outputs: the pipes for what tasks print. pipe: what is written to it wakes the keeper. dump: the file for
+    tracebacks.
     """
     code = 1
     try:
+        redirect(outputs, record)
         atexit._clear()  # the keeper's
         if os.getppid() == 1:
             os.environ[processes.MARK] = "1"

@@ -10,7 +10,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import PATIENCE_SECONDS, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, wait_until
 from test_supervisor import started, system  # noqa: F401
 
 import pqueue
@@ -205,3 +205,20 @@ def test_event_waits_until_the_keeper_has_written_what_came_before(monkeypatch):
     assert not waiting.is_alive()
     os.close(source)
     os.close(end)
+
+
+def test_worker_that_cannot_redirect_its_output_says_so_in_one_line(tasks):
+    tasks.write("patched.py", """
+import consumer, os, sys
+from pqueue_tools import task_output
+keeper, high_copy = os.getpid(), task_output.high_copy
+def copy(number):
+    if os.getpid() == keeper: return high_copy(number)
+    raise OSError("the reason")
+task_output.high_copy = copy
+sys.exit(consumer.main(["--import", "my_tasks", "--drain"]))""")  # fmt: skip
+    queue = tasks.queue()
+    queue.enqueue("ask")
+    done = tasks.run("-m", "patched", PYTHONPATH=str(ROOT))
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "consumer.py: the reason\n")
+    assert queue.stats()["states"]["pending"] == 1
