@@ -152,8 +152,9 @@ def test_django_view_enqueues_in_its_transaction(place):
     view = example(ROOT / "docs/deployment.md", "from django.db import connection, transaction")
     path = place.folder / "shop.db"
     pqueue.open_queue(path).close()
-    assert "\nfrom shop.tasks import send_receipt\n" in view
-    place.write("view.py", DJANGO + view.replace("from shop.tasks import send_receipt\n", "") + ORDERS)
+    imports = "from shop.models import Order\nfrom shop.tasks import send_receipt\n"
+    assert imports in view
+    place.write("view.py", DJANGO + view.replace(imports, "") + ORDERS)
     child = place.start_command([sys.executable, "view.py", str(path)], PYTHONPATH=str(ROOT), PQUEUE_URL=str(path))
     assert child.wait(PATIENCE_SECONDS) == 0, child.out.read_text()
     assert sqlite3.connect(path).execute("SELECT count(*) FROM shop_order").fetchone() == (1,)
