@@ -34,11 +34,11 @@ from pqueue_tools.masking import masked_text
 from pqueue_tools.outcome import Outcome, delay_after, encoded_result, error_text, outcome_of, summary, trace_of
 from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, report, retry_soon, retry_while_busy
 from pqueue_tools.record import MAX_CONCURRENCY, Record, Slot
-from pqueue_tools.task_output import TaskOutput, redirect
 from pqueue_values import Encoded, NoConnection, above_0, duration, short, valid_int, valid_name
 
 if TYPE_CHECKING:
     from pqueue_tools.leftovers import ProcessState
+    from pqueue_tools.task_output import TaskOutput
 
 MAX_LEFT = 20  # leftovers that the log names
 BATCH_SECONDS = 0.03  # target run time of a batch of jobs; a slower job is taken alone
@@ -598,6 +598,8 @@ def run_process(
     """
     code = 1
     try:
+        from pqueue_tools.task_output import redirect  # not on Windows, where consumer.py imports this module, too
+
         redirect(outputs, record)
         atexit._clear()  # the keeper's
         if os.getppid() == 1:
