@@ -41,7 +41,7 @@ from pqueue_schema import (
     THESE,
     THESE_HELD,
 )
-from pqueue_values import DEFAULT_MAX_ATTEMPTS
+from pqueue_values import DEFAULT_MAX_ATTEMPTS, quoted_name
 
 # `translated` replaces these three in the text of a statement, and the parts of shared statements in REPLACED.
 SCHEMA = "{schema}"
@@ -899,10 +899,6 @@ def temporary(sql: str) -> str:
     return USED_TABLE.sub(rf"\1 {SCHEMA}.\2", sql).replace(SCHEMA, TEMPORARY)
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
 def drift(model: list[Part], found: list[Part], schema: str, *, has_limits: bool) -> list[str]:
     """Return a sentence for each part of the schema that is missing or was changed, given all parts of a new one."""
     names = re.compile(rf"\b(?:{TEMPORARY}(?:_\d+)?|{re.escape(schema)})\b\.?")
@@ -934,14 +930,14 @@ def drift(model: list[Part], found: list[Part], schema: str, *, has_limits: bool
             expected = f": expected {text}, got {got}" if kind == "column" else ""
             problems.append(f"{what} was changed{expected}: replace it by what docs/postgres.sql shows")
     problems += [
-        f"trigger {name} of table {table} is not ours, and may drop or change rows: run DROP TRIGGER {_quoted(name)} "
-        f"ON {names_in(schema)[SCHEMA]}.{table}"
+        f"trigger {name} of table {table} is not ours, and may drop or change rows: run DROP TRIGGER "
+        f"{quoted_name(name)} ON {names_in(schema)[SCHEMA]}.{table}"
         for (kind, table, name), text in there.items()
         if kind == "trigger" and " BEFORE " in text
     ]
     return problems + [
         f"column {name} of table {table} needs a value, so that no row can be inserted: run ALTER TABLE "
-        f"{names_in(schema)[SCHEMA]}.{table} ALTER COLUMN {_quoted(name)} DROP NOT NULL"
+        f"{names_in(schema)[SCHEMA]}.{table} ALTER COLUMN {quoted_name(name)} DROP NOT NULL"
         for (kind, table, name), text in there.items()
         if kind == "column" and "NOT NULL" in text and not re.search("DEFAULT|IDENTITY|ALWAYS", text)
     ]

@@ -714,7 +714,7 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
             return super()._time(now)
         asked, ahead, host_ahead = self._clock
         began = time.monotonic()
-        # This clock stands still while the machine is suspended.
+        # time.monotonic may not advance while the machine is suspended.
         if began - asked > CLOCK_SECONDS or abs(time.time() - began - host_ahead) > 1:
             server = float(self._read("SELECT EXTRACT(EPOCH FROM clock_timestamp())")[0][0])
             ended = time.monotonic()

@@ -87,6 +87,7 @@ from pqueue_values import (
     file_path,
     ids_up_to,
     no_queue,
+    quoted_name,
     short,
     to_json,
     valid_wait,
@@ -1200,16 +1201,12 @@ def _copy_database(
     source.text_factory = copy.text_factory = bytes  # the application may store text that is not UTF-8
     schema = "SELECT type, name, tbl_name, rootpage, sql FROM sqlite_master"
     tables = [row[1].decode() for row in source.execute(schema) if row[0] == b"table" and row[3]]
-    for sql in [schema, *(f"SELECT * FROM {_quoted(table)}" for table in tables)]:
+    for sql in [schema, *(f"SELECT * FROM {quoted_name(table)}" for table in tables)]:
         if any(one != other for one, other in zip_longest(source.execute(sql), copy.execute(sql))):
             raise QueueError(f"cannot copy: what was read back by {sql} is not what was written")
     if (damage := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != b"ok":
         raise QueueError(f"cannot copy: the copy is damaged: {damage.decode()}")
     return {table: copy.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in COPIED_ROWS}
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _finish_copy(copy: sqlite3.Connection, changes: list[tuple[str, Params]]) -> None:
@@ -1220,7 +1217,7 @@ def _finish_copy(copy: sqlite3.Connection, changes: list[tuple[str, Params]]) ->
     triggers = copy.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
     for name, _ in triggers:
         # guard: the application's triggers do not fire in a copy
-        copy.execute(f"DROP TRIGGER {_quoted(name)}")
+        copy.execute(f"DROP TRIGGER {quoted_name(name)}")
     for change, params in [*changes, ("DELETE FROM consumers", {})]:
         copy.execute(change, params)
     for _, definition in triggers:

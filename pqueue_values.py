@@ -476,6 +476,11 @@ def ids_up_to(last: int, number: int) -> list[int]:
     return list(range(last - number + 1, last + 1))
 
 
+def quoted_name(name: str) -> str:
+    """Return the name of a table, a column or a trigger as SQL has it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
 def short(value: Any) -> str:
     try:
         text = repr(value)
