@@ -18,7 +18,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 SERVER = "BENCH_SERVER"  # names the PostgreSQL server to the measuring processes
 NOTES = "BENCH_NOTES"  # the file that jobs write to
@@ -72,7 +72,7 @@ def _notes() -> int:
 class Peer:
     """A queue with its own worker program."""
 
-    columns = ("put", "put many", "program", "share", "pickup")
+    columns: tuple[str, ...] = ("put", "put many", "program", "share", "pickup")
 
     def __init__(self, folder: Path, durability: str) -> None:
         import psycopg  # noqa: PLC0415
@@ -135,6 +135,7 @@ class Procrastinate(Peer):
 
 class PgQueuer(Peer):
     module, package = "pgqueuer", "pgqueuer asyncpg"
+    options: ClassVar[dict[str, int]] = {}
 
     def open(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -163,9 +164,16 @@ class PgQueuer(Peer):
             async def job(job: Any) -> None:
                 note(float(job.payload))
 
-            await manager.run(batch_size=BATCH)
+            await manager.run(**cls.options)
 
         asyncio.run(run())
+
+
+class PgQueuerBatches(PgQueuer):
+    """The same with batches of 100 instead of its default, 10."""
+
+    columns = ("program", "share")
+    options: ClassVar = {"batch_size": 100}
 
 
 class Chancy(Peer):
@@ -202,7 +210,12 @@ class Chancy(Peer):
         asyncio.run(run())
 
 
-PEERS: dict[str, type[Peer]] = {"procrastinate": Procrastinate, "pgqueuer": PgQueuer, "chancy": Chancy}
+PEERS: dict[str, type[Peer]] = {
+    "procrastinate": Procrastinate,
+    "pgqueuer": PgQueuer,
+    "pgqueuer 100": PgQueuerBatches,
+    "chancy": Chancy,
+}
 
 # Their workers ########################################################################################################
 
