@@ -89,7 +89,10 @@ class ListenConnection:
         """Start the listener, or restart it if it died: the consumers depend on it."""
         if self.gets_notify and not self._stopped and not self._thread.is_alive():
             self._thread = threading.Thread(target=self._listen, name="pqueue-listener", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                raise QueueBusy(f"cannot listen to {self._queue.name}: {error}") from error
 
     def acquire(self, number: int) -> None:
         """Acquire a lock, now and after each reconnection."""

@@ -292,9 +292,12 @@ class ConcurrentConsumer(Consumer):
     @contextmanager
     def _helper_threads(self) -> Iterator[None]:
         waiter = Thread("pqueue-waiter", self._wait_for_jobs)
-        waiter.start()
-        if not self.is_embedded:
-            Thread("pqueue-pulse", self._show_pulse, time.sleep).start()
+        try:
+            waiter.start()
+            if not self.is_embedded:
+                Thread("pqueue-pulse", self._show_pulse, time.sleep).start()
+        except RuntimeError as error:
+            raise QueueError(f"cannot run jobs concurrently: {error}") from error
         try:
             yield
         finally:

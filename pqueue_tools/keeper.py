@@ -77,7 +77,7 @@ OF_USERS = [
     *(getattr(signal, name) for name in ("SIGPWR", "SIGSTKFLT") if hasattr(signal, name)),
     *(range(signal.SIGRTMIN, signal.SIGRTMAX + 1) if hasattr(signal, "SIGRTMIN") else ()),
 ]
-RESTART_SECONDS = 1.0  # before the next worker, if one died without running a job, and the next watchdog
+RESTART_SECONDS = 1.0  # before the next worker, if one ended without running a job, and the next watchdog
 
 
 @dataclass
@@ -119,6 +119,7 @@ class Keeper:
     def _forget_worker(self) -> None:
         """Forget what concerned the previous worker."""
         self._status: int | None = None  # with which it ended
+        self._oom_kills = processes.oom_kills()  # before the next one begins
         self._interrupted: dict[int, Interruption] = {}  # by slot
         self._closing_at = 0.0  # monotonic seconds: since when it is to exit
         self._keep_at = 0.0  # the same: when to look for a connection; at once when it is ready, as it needs one
@@ -196,8 +197,7 @@ class Keeper:
             is_drained = outcome == fields.DRAINED and not self.leases.has_released_late
             if is_drained or outcome == fields.REFUSED or self._fields[fields.STOP]:
                 return outcome
-            has_failed = outcome in (0, fields.BROKEN) and self._runs_before == self._count_runs()
-            if has_failed and time.monotonic() - began < RESTART_SECONDS:
+            if self._runs_before == self._count_runs() and time.monotonic() - began < RESTART_SECONDS:
                 time.sleep(RESTART_SECONDS)
 
     @contextmanager
@@ -275,7 +275,10 @@ class Keeper:
         processes.share_memory()
         parent = os.getpid()
         with blocked_signals(signal.valid_signals()):
-            self._pid = os.fork()
+            try:
+                self._pid = os.fork()
+            except OSError as error:
+                raise QueueError(f"cannot start a process for the tasks: {error.strerror}") from error
             if self._pid == 0:
                 processes.end_with_parent(parent)
                 worker.run_process(
@@ -548,14 +551,17 @@ class Keeper:
         if was_refused or (not self._fields[fields.READY] and self._fields[fields.STOP]):
             return outcome
         if not self._fields[fields.READY]:
-            print_error("consumer", f"the worker {processes.end_text(self._status or 0)} while it imported the tasks")
+            print_error("consumer", f"the worker {self._end_text()} while it imported the tasks")
             return fields.REFUSED
         if outcome in (0, fields.REFUSED, fields.BROKEN, fields.BROKEN_BY_ONE):
             if outcome == 0 and (not left or self._stuck_as):
-                log("worker died", consumer=self.name, reason=self._stuck_as or processes.end_text(self._status or 0))
+                log("worker died", consumer=self.name, reason=self._stuck_as or self._end_text())
             with suppress(QueueError):
                 retry_while_busy(lambda: self._settle_held(left), lambda s: _pause(s, until), consumer=self.name)
         return outcome
+
+    def _end_text(self) -> str:
+        return processes.end_text(self._status or 0, self._oom_kills)
 
     def _settle_held(self, left: dict[int, Run]) -> None:
         """Settle the jobs of the dead worker. left: its runs, by slot; those whose jobs are settled are removed."""
@@ -626,7 +632,7 @@ class Keeper:
             return f"WorkerDied: the task's process {self._stuck_as}{others}"
         if any(each.reason == fields.EXECUTED for each in self._interrupted.values()):
             return f"WorkerDied: the task replaced its process by another program{others}"
-        return f"WorkerDied: the task's process {processes.end_text(self._status or 0)}{others}"
+        return f"WorkerDied: the task's process {self._end_text()}{others}"
 
     def _traceback(self, slot: Slot) -> Iterator[str]:
         """Yield the lines of the traceback of a slot's thread that the worker wrote, without our own frames."""

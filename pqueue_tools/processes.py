@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -168,11 +169,20 @@ def _stat(pid: int | str) -> list[bytes]:
     return []
 
 
-def end_text(status: int) -> str:
-    """Return how a process ended, given its wait status."""
+def oom_kills() -> int:
+    """Return how many processes the kernel has killed for lack of memory, on this machine and in its containers."""
+    found = None
+    with suppress(OSError):
+        found = re.search(rb"(?m)^oom_kill (\d+)", Path("/proc/vmstat").read_bytes())
+    return int(found[1]) if found else 0
+
+
+def end_text(status: int, oom_kills_before: int) -> str:
+    """Return how a process ended, given its wait status, and what `oom_kills` returned when it began."""
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return f"exited with code {code}"
+    text = f"was killed by signal {-code}"
     with suppress(ValueError):
-        return f"was killed by signal {-code} ({signal.Signals(-code).name})"
-    return f"was killed by signal {-code}"
+        text += f" ({signal.Signals(-code).name})"
+    return f"{text}, as memory ran out" if -code == signal.SIGKILL and oom_kills() > oom_kills_before else text

@@ -12,11 +12,12 @@ import sqlite3
 import subprocess
 from collections import Counter
 from contextlib import closing, suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import PATIENCE_SECONDS, parent, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, parent, wait_until
 
 import pqueue
 import pqueue_files
@@ -85,8 +86,8 @@ def tasks(place):
     return place
 
 
-def drain(place, *arguments):
-    return place.run("consumer.py", "--import", "my_tasks", "--drain", *arguments)
+def drain(place, *arguments, **environment):
+    return place.run("consumer.py", "--import", "my_tasks", "--drain", *arguments, **environment)
 
 
 def jobs_by_task(queue):
@@ -160,6 +161,63 @@ def test_consumer_whose_modules_have_no_task_is_refused(tasks):
         2,
         "consumer.py: expected a module with tasks, got empty, without a function marked @task\n",
     )
+
+
+NO_PROCESS = """
+import errno, os
+def fork(): raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+os.fork = fork
+"""
+NO_THREAD = """
+import threading
+def start(_): raise RuntimeError("can't start new thread")
+threading.Thread.start = start
+"""
+
+
+@pytest.mark.parametrize(
+    "patch, why",
+    [
+        (NO_PROCESS, "cannot start a process for the tasks: Resource temporarily unavailable"),
+        (NO_THREAD, "cannot run jobs concurrently: can't start new thread"),
+    ],
+)
+def test_consumer_that_the_system_gives_no_process_or_thread_says_so_and_ends(tasks, patch, why):
+    tasks.write("patched/sitecustomize.py", patch)
+    done = drain(tasks, "--concurrency", "2", PYTHONPATH=str(tasks.folder / "patched"))
+    assert (done.returncode, done.stderr) == (1, f"consumer.py: {why}\n")
+
+
+NO_THREAD_AT_FIRST = r"""
+import os, re, threading
+start = threading.Thread.start
+def start_later(thread):
+    if re.fullmatch(r"pqueue-\d+", thread.name) and not os.path.exists("refused"):
+        open("refused", "w").close()
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = start_later
+"""
+
+
+def test_consumer_without_a_thread_for_a_job_waits_a_second_before_it_tries_again(tasks):
+    job_id = tasks.queue().enqueue("quick")
+    tasks.write("patched/sitecustomize.py", NO_THREAD_AT_FIRST)
+    done = drain(tasks, "--concurrency", "2", PYTHONPATH=str(tasks.folder / "patched"))
+    job = tasks.queue().get(job_id)
+    assert (done.returncode, job.state, job.attempts) == (0, "completed", 1)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    at = {line[1]: datetime.fromisoformat(line[0].rstrip("Z")) for line in lines}
+    assert at["completed"] - at["released"] > timedelta(seconds=0.9)
+
+
+def test_consumer_says_that_a_task_was_killed_as_memory_ran_out(tasks):
+    job_id = tasks.queue().enqueue("die")
+    code = "import itertools, pqueue_tools.processes as p; p.oom_kills = itertools.count().__next__"
+    tasks.write("patched/sitecustomize.py", code)  # no test can make the kernel do that everywhere
+    drain(tasks, PYTHONPATH=f"{tasks.folder / 'patched'}:{ROOT}")
+    error = "WorkerDied: the task's process was killed by signal 9 (SIGKILL), as memory ran out"
+    assert tasks.queue().get(job_id).error == error
 
 
 def test_job_that_kills_its_process_is_set_aside_and_the_others_complete(tasks):

@@ -1061,6 +1061,18 @@ def test_operator_who_pauses_waits_for_no_writer_of_a_copy_of_the_database(datab
         assert queue._read(pqueue_postgres.WRITERS) == []
 
 
+def test_consumer_for_whose_listener_the_system_has_no_thread_can_try_again(database, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        job_id = queue.enqueue("t")
+        with monkeypatch.context() as patch, pytest.raises(QueueBusy, match="cannot listen to .*: can't start new th"):
+            patch.setattr(pqueue_listener.threading.Thread, "start", refuse)
+            queue.dequeue("c")
+        assert queue.dequeue("c").id == job_id
+
+
 def test_consumer_that_has_just_begun_is_not_taken_for_dead(database, monkeypatch):
     monkeypatch.setattr(pqueue_listener, "RESTART_SECONDS", 0.0)
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
