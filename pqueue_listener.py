@@ -133,11 +133,10 @@ class ListenConnection:
                 os.write(self._interrupt_writer, b"!")
 
     def wait(self, seconds: float, due_in: Callable[[], float]) -> bool:
+        before = self._wakeups
+        seconds = min(seconds, due_in())
         with self._changed:
-            before = self._wakeups
-        until = min(seconds, due_in())
-        with self._changed:
-            return self._changed.wait_for(lambda: self._wakeups != before, max(0.0, until))
+            return self._changed.wait_for(lambda: self._wakeups != before, seconds)
 
     def stop_listening(self) -> None:
         """Stop the listener, which would otherwise reconnect and mark the consumers as running."""
@@ -211,8 +210,7 @@ class ListenConnection:
             return
         with suppress(Exception):
             self._selector.unregister(lost.driver.fileno())
-        with suppress(Exception):
-            lost.close()
+        lost.close()
         if self._lost_at - self._made_at < RETRY_SECONDS:
             time.sleep(PAUSE_SECONDS)
 
@@ -227,8 +225,6 @@ class ListenConnection:
         pool = self._queue._pool
         if self._stopped:
             return
-        if pool.listening is not link:
-            raise QueueBusy("the connection was lost")
         if pool.take_if_free(link):
             try:
                 link.receive()
@@ -290,10 +286,6 @@ class ResultWatch(Watch):
     def announce_again(self) -> None:
         self._is_unknown = True
         self._woken.set()
-
-    def close(self) -> None:
-        if self._listener.watch is self:
-            self._listener.watch = None
 
 
 class ConsumerLock:

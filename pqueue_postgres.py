@@ -54,7 +54,7 @@ GRACE_SECONDS = 3.0  # how long a lock must be missing, in at least two checks, 
 # The tables, functions and triggers
 
 VERSION = """
-CREATE TABLE IF NOT EXISTS version (
+CREATE TABLE version (
     number INTEGER PRIMARY KEY
 )"""
 
@@ -202,7 +202,7 @@ END $$""",
     *_trigger("group_delete", "DELETE", f"{_WAS_RUNNING})", "note_group"),
 ]
 MIGRATIONS = [_definitions(each) for each in pqueue_schema.MIGRATIONS]
-MIGRATIONS[0] += [EARLY_VACUUM, *COUNTING, *GROUPING]
+MIGRATIONS[0] += [VERSION, EARLY_VACUUM, *COUNTING, *GROUPING]
 
 # Parts of statements
 
@@ -889,7 +889,7 @@ FROM pg_proc WHERE pronamespace = (SELECT id FROM place)"""
 
 TEMPORARY = "pg_temp"
 LIMIT_TRIGGERS = [name for sql in START_COUNTING for name in re.findall(r"CREATE TRIGGER (\w+)", sql)]
-MODEL = [VERSION, *chain(*MIGRATIONS), *START_COUNTING]
+MODEL = [*chain(*MIGRATIONS), *START_COUNTING]
 
 Part = tuple[str, str, str, str]
 

@@ -16,6 +16,7 @@ from pqueue_tasks import TASKS
 from pqueue_values import Job, JobFailed, JobNotFound, QueueBusy, QueueError, duration, to_json, valid_id
 
 LINGER_SECONDS = 1.0  # how long the thread stays for the next call of `result`
+CLOSED = "cannot wait for a result: the queue object was closed"
 
 Done = futures.Future[Job]
 Finished = Callable[[list[int]], dict[int, Job | JobNotFound]]
@@ -35,6 +36,8 @@ class Waits:
         """Return a future of the job when it has finished; the other two are methods of the queue."""
         done: Done = futures.Future()
         with self._changed:
+            if self._closed:
+                raise QueueError(CLOSED)
             if self._thread is None:
                 arguments = (open_watch, finished)
                 thread = threading.Thread(target=self._serve, args=arguments, name="pqueue-results", daemon=True)
@@ -82,8 +85,7 @@ class Waits:
                     del self._waiting[job_id]
             self._changed.wait_for(lambda: self._waiting or self._closed, LINGER_SECONDS)
             if self._closed:
-                error = QueueError("cannot wait for a result: the queue object was closed")
-                self._end(dict.fromkeys(self._waiting, error))
+                self._end(dict.fromkeys(self._waiting, QueueError(CLOSED)))
             if not self._waiting:
                 self._thread = self._watch = None
             return list(self._waiting)

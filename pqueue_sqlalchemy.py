@@ -43,17 +43,7 @@ import pqueue_schema
 import pqueue_values
 from pqueue import Job, NotStored, PersistentQInterface, PersistentQSQLite, QueueBusy, QueueError, QueueFull
 from pqueue_backend import Joined, Session
-from pqueue_connections import (
-    KEEPALIVES,
-    RESTORE,
-    UNLOCK_ALL,
-    Link,
-    Pool,
-    Settings,
-    connection_error,
-    parse_url,
-    setting,
-)
+from pqueue_connections import KEEPALIVES, RESTORE, UNLOCK_ALL, Link, Pool, Settings, connection_error, parse_url
 from pqueue_files import temporary_folder
 from pqueue_join import driver_connection
 from pqueue_listener import NOTIFY, WAITING, ConsumerLock, ListenConnection, ResultWatch, is_notify_queue_full
@@ -71,6 +61,7 @@ CLOCK_SECONDS = 30.0  # how often the server's clock is read
 # When that was (monotonic), and how far the server's clock and that of the host were ahead, in seconds
 UNREAD = (-math.inf, 0.0, 0.0)
 BRIEFLY = 0.1  # seconds to wait for what is not needed
+LOCK_BRIEFLY = f"SET LOCAL lock_timeout = '{BRIEFLY}s'"
 ENQUEUE_TRIES = 100  # while other transactions use and free the key
 SAFE = ["fsync", "full_page_writes"]  # settings of the server that must be on, or "full" holds for no job
 UNSAFE = f"SELECT name || ' is off' FROM unnest(ARRAY{SAFE}) name WHERE current_setting(name) = 'off'"
@@ -490,7 +481,6 @@ class OnPostgres(PersistentQSQLAlchemy):
         self.has_enqueued = False
         self._reach = pqueue_postgres.Reach()
         self._takes_turns = False  # at the last claim, some group might have had a job; that takes several statements
-        self._closed = False
         self._parts: list[Part] = []  # of a new schema
         self.pooled = False  # connected through a pooler, which does not keep our settings between transactions
         self._is_open = False
@@ -593,9 +583,8 @@ class OnPostgres(PersistentQSQLAlchemy):
             session.run(f"SELECT pg_advisory_xact_lock({pqueue_postgres.LOCK_CLASS})")
             if session.run(f"SELECT to_regnamespace('{SCHEMA}')::text")[0][0] is None:
                 session.change(f"CREATE SCHEMA {SCHEMA}")  # even IF NOT EXISTS needs a right on the database
-            session.change(pqueue_postgres.VERSION)
-            done = session.run("SELECT number FROM version")
-            for statement in chain(*pqueue_postgres.MIGRATIONS[done[0][0] if done else 0 :]):
+            # Another program may have done it while this one waited.
+            for statement in chain(*pqueue_postgres.MIGRATIONS[self._version() or 0 :]):
                 session.change(statement)
             session.change("DELETE FROM version")
             session.change("INSERT INTO version VALUES (:number)", {"number": len(pqueue_schema.MIGRATIONS)})
@@ -623,7 +612,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             return QueueFull(f"cannot write to {self.name}: its disk is full")
         if state == "25006":
             # What a running program could do before, it waits for. A setting of its role concerns new connections.
-            could_write = bool(self._registry) or self.has_enqueued
+            could_write = self._registry or self.has_enqueued
             failure = (QueueBusy if could_write else QueueError)(
                 f"cannot write to {self.name}: {self._why_read_only()}"
             )
@@ -691,8 +680,6 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
 
     def _session(self) -> PostgresSession:
         """Return this thread's session."""
-        if self._closed:
-            raise QueueError(f"cannot use {self.name}: this queue object is closed")
         session: PostgresSession | None = getattr(self._local, "session", None)
         if session is None:
             session = self._local.session = PostgresSession(self)
@@ -739,7 +726,7 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
             other.seconds = BRIEFLY
             with suppress(QueueBusy):  # no other connection is available, or the application has changed the queue
                 with other:
-                    other.run(setting({"lock_timeout": int(BRIEFLY * 1000)}, for_good=False))
+                    other.change(LOCK_BRIEFLY)
                     super()._add_queue(other, row)
                 return 1
         return super()._add_queue(session, row)
@@ -768,7 +755,7 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
         left costs little, and the next removal of a limit tries again. The transaction must hold no lock on jobs: one
         that reads jobs before it writes, as a claim does, would wait for it, and the two would be deadlocked."""
         with suppress(QueueError), self._transaction() as session:  # only the owner may; an event trigger may forbid it
-            session.run(setting({"lock_timeout": int(BRIEFLY * 1000)}, for_good=False))
+            session.change(LOCK_BRIEFLY)
             session.change("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
             for name in pqueue_postgres.LIMIT_TRIGGERS if not session.run(pqueue_schema.LIMITED) else ():
                 session.change(f"DROP TRIGGER {name} ON jobs")
@@ -996,7 +983,7 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
         return [row[0] for row in self._read(sql, {"schema": self.schema}) if row[0] not in TABLES]
 
     def _lock_out_writers(self, session: Session) -> None:
-        session.run(setting({pqueue_postgres.COPYING: "on"}, for_good=False))
+        session.change(f"SET LOCAL {pqueue_postgres.COPYING} = on")
         session.change("LOCK TABLE jobs IN EXCLUSIVE MODE")  # excludes every writer; one lock cannot deadlock
 
     def _begin_snapshot(self, session: Session) -> None:
@@ -1070,7 +1057,6 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
             self._listener.close()
         self._pool.close()
         self._listener = None
-        self._closed = True
 
     def _unregister_all(self) -> None:
         """Unregister all consumers; try again if a connection was lost or a transaction of ours held a job."""

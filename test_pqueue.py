@@ -2108,6 +2108,8 @@ class QueueContract:
         self.assertRegex(str(outcomes[0]), "the queue object was closed")
         with self.assertRaisesRegex(QueueError, "closed"):
             self.queue.result(1)
+        with self.assertRaisesRegex(QueueError, "closed"):
+            asyncio.run(self.queue.aresult(1))
 
     def test_hundred_waiters_each_get_their_result(self):
         other, outcomes = self.reopen(), {}

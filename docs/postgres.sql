@@ -223,6 +223,10 @@ CREATE INDEX dependencies_job ON pqueue.dependencies (job_id);
 
 CREATE INDEX consumers_running ON pqueue.consumers (id) WHERE state = 'running';
 
+CREATE TABLE pqueue.version (
+    number INTEGER PRIMARY KEY
+);
+
 ALTER TABLE pqueue.jobs SET (autovacuum_vacuum_scale_factor = 0.02,
     autovacuum_vacuum_insert_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import re
@@ -93,6 +94,14 @@ def test_thread_that_is_idle_holds_no_connection(admin, queue):
         for _ in range(3):
             queue.stats()
     wait_until(lambda: connections(admin) <= 1)
+
+
+def test_program_that_waits_for_a_result_on_a_closed_queue_opens_no_connection(admin, queue):
+    queue.enqueue("t")
+    queue.close()
+    with pytest.raises(QueueError, match="^cannot wait for a result: the queue object was closed$"):
+        asyncio.run(queue.aresult(1))
+    assert connections(admin) == 0
 
 
 def test_thread_waits_for_a_connection_and_then_raises_queue_busy(database):
