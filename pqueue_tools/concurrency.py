@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
+from time import monotonic  # which a task may replace in `time`
 from types import coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,7 @@ class ConcurrentConsumer(Consumer):
         self._loop_settings: list[Setting] = []  # of its thread
         self._files_of_loop = set[int]()
         self._failure: BaseException | None = None  # of the event loop or another thread
-        self._looked_at, self._has_run = time.monotonic(), False  # since then
+        self._looked_at, self._has_run = monotonic(), False  # since then
         self._pause_at = self._looked_at + BUSY_SECONDS
 
     def stop(self) -> None:
@@ -167,7 +168,7 @@ class ConcurrentConsumer(Consumer):
         If the jobs run for longer than the pause, others are taken again, and the next pause comes later and may be
         longer. So the pauses cost at most a tenth of the throughput, and one of them is long enough.
         """
-        now, busy = time.monotonic(), self._pause_at - self._looked_at
+        now, busy = monotonic(), self._pause_at - self._looked_at
         if not self.state or not self._runs or now < self._pause_at:
             return False
         if now > self._pause_at + BUSY_SHARE * busy:
@@ -243,7 +244,7 @@ class ConcurrentConsumer(Consumer):
             self._is_waiting = True
             self._asked.put(True)
         self._fields[fields.IDLE] = int(not self._runs)
-        seconds = BUSY_SHARE * (time.monotonic() - self._looked_at) if self._pauses() else None
+        seconds = BUSY_SHARE * (monotonic() - self._looked_at) if self._pauses() else None
         event: Any = False
         try:
             with suppress(Empty):
@@ -280,9 +281,9 @@ class ConcurrentConsumer(Consumer):
 
     def _look_for_leftovers(self) -> None:
         """Between jobs, look for what they have left behind in the process: no one job can be named."""
-        if not self.state or not self._has_run or time.monotonic() - self._looked_at < LOOK_SECONDS:
+        if not self.state or not self._has_run or monotonic() - self._looked_at < LOOK_SECONDS:
             return
-        self._looked_at, self._has_run = time.monotonic(), False
+        self._looked_at, self._has_run = monotonic(), False
         self._pause_at = self._looked_at + BUSY_SECONDS
         if self._has_leftovers():
             self._may_find = True  # a changed connection may have hidden jobs
@@ -376,6 +377,7 @@ class ConcurrentConsumer(Consumer):
             before = self._open_descriptors()
             loop = asyncio.new_event_loop()
             self._files_of_loop = self._open_descriptors() - before
+            loop.time = monotonic  # type: ignore[method-assign]
             watch_tasks(loop, self._enter, self._leave)
             self._loop_thread = Thread("pqueue-loop", self._run_loop, loop)
             try:

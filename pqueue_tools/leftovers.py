@@ -31,6 +31,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from operator import itemgetter
+from time import monotonic  # which a task may replace in `time`
 from types import ModuleType
 from typing import Any
 
@@ -301,10 +302,10 @@ class ProcessState:
 
     def left_behind(self, task: str, seconds: float) -> list[str]:
         """Undo what a task has changed, and return what that was. seconds: how long the task ran."""
-        is_short = seconds < LONG_SECONDS and time.monotonic() < self._full_at + FULL_SECONDS
+        is_short = seconds < LONG_SECONDS and monotonic() < self._full_at + FULL_SECONDS
         if is_short and self._clean[task] >= TRUSTED_RUNS and self._seems_clean():
             return []
-        self._full_at = time.monotonic()
+        self._full_at = monotonic()
         try:
             left = list(self._look())
         except BaseException as error:  # what a task has put in place of functions that this uses

@@ -10,6 +10,7 @@ import mmap
 import struct
 import time
 from collections.abc import Iterator
+from time import monotonic  # which a task may replace in `time`
 from typing import Any, NamedTuple
 
 from pqueue_values import MAX_ERROR_CHARS, read_json
@@ -81,7 +82,7 @@ class Slot:
 
     def begin(self, job_id: int, claim: int, timeout: float, memory_mb: float, base_mb: float, backoff: float) -> float:
         """Publish that a task starts to run, and return when, in monotonic seconds. A limit of 0 is none."""
-        number, started, own = self.fields[RUN] + 1, time.monotonic(), self.fields
+        number, started, own = self.fields[RUN] + 1, monotonic(), self.fields
         self._DETAILS.pack_into(self._map, self._at, claim, started, timeout, memory_mb, base_mb, backoff)
         own[RUN] = number
         own[JOB] = job_id  # only now: the keeper may read at any moment, and this process be suspended at any

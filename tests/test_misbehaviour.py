@@ -617,6 +617,33 @@ def test_transaction_that_a_task_leaves_open_beside_a_long_job_does_not_lock_oth
     assert 'what="an open transaction of another connection"' in child.out.read_text()
 
 
+CLOCK = """
+import asyncio, time
+from pqueue import task
+
+@task
+def stop_clock(job): time.monotonic = lambda: 0.0
+
+@task
+async def nap(job): await asyncio.sleep(0.5)
+
+@task(max_attempts=1, timeout_seconds=60)
+def look_at_clock(job): return time.monotonic()
+"""
+
+
+@pytest.mark.parametrize("concurrency", [1, 5])
+def test_worker_restores_the_clock_by_which_it_looks_for_what_tasks_leave_behind(tasks, concurrency):
+    tasks.write("more.py", CLOCK)
+    queue = tasks.queue()
+    queue.enqueue_many("nap", range(concurrency - 1))
+    queue.enqueue("stop_clock")
+    child = consumer(tasks, "--import", "more", "--concurrency", concurrency, "--name", "w")
+    wait_until(lambda: {job.state for job in queue.list_jobs()} == {"completed"})
+    assert wait_until(lambda: queue.result(queue.enqueue("look_at_clock")))
+    assert "functions of time" in child.out.read_text()
+
+
 UNUSABLE = """
 import fcntl, gc, os, resource, sqlite3
 from pqueue import task
