@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import closing, suppress
-from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
@@ -95,7 +94,6 @@ def _started_file(folder: Path, name: str) -> Path:
 
 def _start_with_blocked_signals(child: BaseProcess) -> None:
     """Start a process that ignores Ctrl-C on the terminal; it is killed at the end."""
-    resource_tracker.ensure_running()  # otherwise started by the first child, which then has no signal blocked
     with blocked_signals():
         child.start()
 
@@ -110,13 +108,14 @@ class Torture:
     """One run, on a temporary database in `parent`, on the same disk as the real one; or, if `server` is given, in a
     temporary schema of this database of PostgreSQL."""
 
-    def __init__(self, parent: Path | None, durability: str, server: str | None = None) -> None:
+    def __init__(self, parent: Path | None, durability: Any, server: str | None = None) -> None:
         self.durability = durability
         os.umask(0o077)  # another one might leave the test no rights
         self.folder = Path(tempfile.mkdtemp(prefix="torture-", dir=parent))
         self.url = str(self.folder / "queue.db") if server is None else _in_schema_of_its_own(server)
         self.kills = self.stops = 0
-        self._context = multiprocessing.get_context("spawn")
+        # A new interpreter would prefer modules of the current folder to those of the standard library.
+        self._context = multiprocessing.get_context("fork")
         self._children: dict[str, BaseProcess] = {}
         self._stopped: dict[str, float] = {}
 

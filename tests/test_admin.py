@@ -1306,6 +1306,15 @@ def test_torture_proves_that_nothing_is_lost(folder, run, durability):
     assert [path.name for path in (folder / "var").glob("torture-*")] == []
 
 
+def test_torture_ignores_the_modules_of_the_folder_where_it_runs(place):
+    place.queue().close()
+    for name in ("queue", "random", "select", "types"):
+        place.write(f"{name}.py", "raise RuntimeError")
+    done = place.run("admin.py", "torture", "--seconds", "2")
+    assert done.stderr == ""
+    assert "jobs have" not in done.stdout
+
+
 def test_torture_finds_a_queue_without_its_token_guard(tmp_path):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)

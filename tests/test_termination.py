@@ -125,7 +125,7 @@ def test_first_process_of_torture_ignores_ctrl_c():
     program = """if True:
         import multiprocessing, re, time
         from pqueue_tools.torture import _start_with_blocked_signals
-        child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         _start_with_blocked_signals(child)
         print(re.search(r"SigBlk:\\s(.*)", open(f"/proc/{child.pid}/status").read())[1])
         child.kill()
