@@ -1016,7 +1016,7 @@ def open_queue(
     url: str | os.PathLike[str] | None = None,
     *,
     create: bool = True,
-    durability: str | None = None,
+    durability: Literal["full", "normal"] | None = None,
     group: str | None = None,
 ) -> PersistentQInterface:
     """Open a queue and return it.
@@ -1030,14 +1030,14 @@ def open_queue(
     version; QueueError if it cannot be opened.
     """
     given = {"URL": url, "DURABILITY": durability, "GROUP": group}
-    durability = durability or os.environ.get("PQUEUE_DURABILITY") or "full"
+    wanted: Any = durability or os.environ.get("PQUEUE_DURABILITY") or "full"
     try:
         if is_postgres(url):
-            return _on_postgres(_url(url), create, durability)
+            return _on_postgres(_url(url), create, wanted)
         from pqueue_sqlite import PersistentQSQLite
 
         group = group or os.environ.get("PQUEUE_GROUP") or None
-        return PersistentQSQLite(sqlite_path(url), create=create, durability=durability, group=group)
+        return PersistentQSQLite(sqlite_path(url), create=create, durability=wanted, group=group)
     except ValueError as error:
         about = re.match("expected a (durability|group) of", str(error))
         name = about[1].upper() if about else "URL"

@@ -18,7 +18,7 @@ from heapq import merge
 from itertools import islice, zip_longest
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from pqueue import BUSY_SECONDS, POLL_SECONDS, PersistentQInterface
 from pqueue_backend import Registration, Session, Watch
@@ -473,7 +473,7 @@ class PersistentQSQLite(PersistentQInterface):
         self,
         path: str | os.PathLike[str],
         *,
-        durability: str = "full",
+        durability: Literal["full", "normal"] = "full",
         create: bool = True,
         group: str | None = None,
         busy_seconds: float = BUSY_SECONDS,

@@ -139,7 +139,7 @@ class Ours:
 
     module, survives = "pqueue", "back in about a second"
 
-    def __init__(self, folder: Path, durability: str) -> None:
+    def __init__(self, folder: Path, durability: Any) -> None:
         self.folder, self.durability = folder, durability
         self.url = os.environ.get(SERVER) or str(folder / "queue.db")
         self.queue = pqueue.open_queue(self.url, durability=durability)

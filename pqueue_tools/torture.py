@@ -49,7 +49,7 @@ def _insert_effect(queue: PersistentQInterface, db: Any, job: Job) -> None:
     execute(db, f"INSERT INTO {effects} SELECT id, {stale} FROM {jobs} WHERE id = {job.id}")
 
 
-def produce(folder: Path, url: str, durability: str, name: str) -> None:
+def produce(folder: Path, url: str, durability: Any, name: str) -> None:
     """Enqueue jobs forever, and record each job when `enqueue` has returned."""
     queue = open_queue(url, durability=durability)
     _started_file(folder, name).touch()
@@ -62,7 +62,7 @@ def produce(folder: Path, url: str, durability: str, name: str) -> None:
                 time.sleep(0.002)
 
 
-def consume(folder: Path, url: str, durability: str, name: str, drain: bool = False) -> None:
+def consume(folder: Path, url: str, durability: Any, name: str, drain: bool = False) -> None:
     """Complete jobs, each with its effect in the same transaction; with `drain`, until none is left."""
     queue = open_queue(url, durability=durability)
     _started_file(folder, name).touch()

@@ -175,6 +175,7 @@ queue.enqueue(resize, key="a", key_until="begun")  # wrong
 queue.enqueue_many(resize, [], after_failed="ignore")  # wrong
 queue.schedule("s", resize, cron="@daily", on_missed="all")
 queue.schedule("s", resize, cron="@daily", on_missed="none")  # wrong
+open_queue("queue.db", durability="none")  # wrong
 
 
 @task(cron="@daily", on_missed="skip")
