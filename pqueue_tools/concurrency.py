@@ -140,7 +140,7 @@ class ConcurrentConsumer(Consumer):
                     self._wait(limit)
 
     def _has_ended(self) -> bool:
-        if self._failure:
+        if self._failure is not None:
             if not self.is_embedded:
                 self._must_end = True
                 self._report_left([f"an unusable thread or event loop ({type(self._failure).__name__})"])

@@ -121,4 +121,7 @@ def _run(queue: PersistentQInterface, job: Job, now: float | None) -> BaseExcept
 def _run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run it in a thread, as the test itself may run in an event loop."""
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(copy_context().run, run_async, coroutine).result()
+        future = pool.submit(copy_context().run, run_async, coroutine)
+        if (error := future.exception()) is not None:  # which `result` does not raise if it is false
+            raise error
+        return future.result()

@@ -349,6 +349,9 @@ def fail(error): raise error
 class Evil(BaseException):
     def __getattribute__(self, name): raise RuntimeError("evil")
 
+class Nothing(Exception):
+    def __bool__(self): return False
+
 class Hidden(Exception):
     __traceback__ = __cause__ = __context__ = property(lambda self: sys.exit("hidden"))
 
@@ -369,6 +372,7 @@ class OddRetry(Retry):
 RAISE = {
     "lost lease": lambda: fail(sys.modules["pqueue"].LeaseLost("of another queue")),
     "evil": lambda: fail(Evil()),
+    "nothing": lambda: fail(Nothing()),
     "hidden": lambda: fail(Hidden("the reason")),
     "nameless": lambda: fail(OfNameless("the reason")),
     "retry": lambda: fail(OddRetry()),

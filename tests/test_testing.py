@@ -138,6 +138,20 @@ def test_async_task_whose_error_raises_errors_itself_ends(queue, run):
     signal.alarm(0)
 
 
+def test_drain_fails_an_async_job_whose_error_is_false(queue):
+    class Nothing(Exception):
+        def __len__(self):
+            return 0
+
+    @task(max_attempts=1)
+    async def fall():
+        raise Nothing
+
+    fall.enqueue()
+    (job,) = testing.drain(queue)
+    assert (job.state, (job.error or "").splitlines()[:1]) == ("failed", ["Nothing: "])
+
+
 def test_failure_handler_of_a_task_runs_as_with_a_consumer(queue):
     seen = []
 
