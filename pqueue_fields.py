@@ -154,11 +154,9 @@ def _literal(values: tuple[Any, ...]) -> Codec:
 
 
 def _union(args: tuple[Any, ...]) -> Codec:
-    members = [codec(each) for each in args if each is not NoneType]
-    is_optional = len(members) < len(args)
-    one = members[0] if len(members) == 1 else _one_of(members)
-    if not is_optional:
-        return one
+    if len(args) > 2 or NoneType not in args:
+        return _one_of([codec(each) for each in args])
+    one = codec(args[0] if args[1] is NoneType else args[1])
     return Codec(
         f"{one.expected} | None",
         lambda value: None if value is None else one.encode(value),

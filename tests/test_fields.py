@@ -280,6 +280,11 @@ def test_errors_say_where_the_value_is(queue):
         assert str(caught.value).endswith(error)
 
 
+def test_error_names_all_types_of_a_union(passed):
+    with pytest.raises(TypeError, match=r"expected given: int \| date \| None, got given='a'"):
+        passed(int | date | None, "a")
+
+
 def test_error_says_that_a_tuple_may_be_of_any_length(passed):
     with pytest.raises(TypeError, match=r"expected given: tuple\[int, \.\.\.\], got given=\[1\]"):
         passed(tuple[int, ...], [1])
