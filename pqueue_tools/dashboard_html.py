@@ -142,12 +142,12 @@ def without_queue(error: Exception, query: Query) -> str:
         return _frame(title, f'<section id="trouble">{dashboard_summary.without_queue(error)}</section>')
 
 
-def refusal(sentence: str, back: str) -> str:
+def refusal(title: str, sentence: str, back: str) -> str:
     """Return the page that says why a request was refused; `back` is the page that it came from, or the address."""
     page = f'<a href="{prefix()}{html.escape(back)}">back</a> · ' if is_back(back) else ""
     with _keeping(_query_of(back)):
         body = f'<section><p>{text(sentence)}</p><p>{page}<a href="{_address("")}">to the overview</a></p></section>'
-        return _frame("refused", body).replace(said(""), said(sentence, "refused"))
+        return _frame(title, body).replace(said(""), said(sentence, "refused"))
 
 
 def _query_of(address: str) -> Query:

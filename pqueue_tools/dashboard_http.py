@@ -199,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: HTTPStatus, sentence: str) -> None:
         """Answer a browser with a page, and a program with a line."""
         if "text/html" in self.headers.get("Accept", ""):
-            self._send(status, HTML, dashboard_html.refusal(sentence, self._back))
+            self._send(status, HTML, dashboard_html.refusal(status.phrase.lower(), sentence, self._back))
         else:
             self._send(status, TEXT, f"{sentence}\n")
 

@@ -1096,6 +1096,7 @@ def test_browser_is_refused_with_a_page_that_leads_back(queue, site):
         status, text, headers = site.ask(path, Accept="text/html")
         assert (status in (400, 404), headers["Content-Type"]) == (True, dashboard_http.HTML)
         assert '<a href="/">to the overview</a>' in text
+        assert f"<title>{'bad request' if status == 400 else 'not found'} ·" in text
 
 
 def test_page_that_refuses_or_asks_keeps_the_range_and_the_filters(queue, site):
