@@ -70,7 +70,7 @@ def call(method: str, *arguments: Any, seconds: float = CALL_SECONDS) -> Any:
         ) from None
 
 
-def processes() -> list[dict[str, Any]]:
+def processes(seconds: float = STATUS_SECONDS) -> list[dict[str, Any]]:
     """Return supervisord's processes: group, name, state, pid (0: none), uptime_seconds. Raises ManagerError."""
     return [
         {
@@ -80,7 +80,7 @@ def processes() -> list[dict[str, Any]]:
             "pid": each["pid"],
             "uptime_seconds": max(0, each["now"] - each["start"]) if each["pid"] else 0,
         }
-        for each in call("getAllProcessInfo", seconds=STATUS_SECONDS)
+        for each in call("getAllProcessInfo", seconds=seconds)
     ]
 
 
@@ -188,7 +188,7 @@ def _expect_started(
     deadline, pids, started = time.monotonic() + START_SECONDS, dict[str, int](), set[str]()
     logs: dict[str, StartLog] = {}
     while True:
-        found = [each for each in processes() if wanted(each)]
+        found = [each for each in processes(CALL_SECONDS) if wanted(each)]
         for name, state, pid in ((each["name"], each["state"], each["pid"]) for each in found):
             was_restarted = pid != pids.setdefault(name, pid) if pid else False
             if was_restarted or state in ("BACKOFF", "EXITED", "FATAL", "UNKNOWN"):
@@ -245,7 +245,7 @@ def remove_group(group: str) -> None:
 
 def _stop_group(group: str) -> None:
     for left in reversed(range(STOPS)):
-        if group not in {each["group"] for each in processes()}:
+        if group not in {each["group"] for each in processes(CALL_SECONDS)}:
             return
         call("stopProcessGroup", group)
         try:

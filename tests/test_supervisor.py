@@ -280,6 +280,19 @@ def test_manager_removes_a_group_although_one_of_its_processes_is_started_again(
     assert (there, len(stops)) == (([], restarts + 1) if is_removed else ([info], 5))
 
 
+def test_manager_waits_for_a_busy_supervisord_until_a_group_has_started(tmp_path, monkeypatch):
+    def call(method, *_, seconds=supervisor.CALL_SECONDS):
+        if (method, seconds) == ("getAllProcessInfo", supervisor.CALL_SECONDS):
+            raise supervisor.ManagerError("no answer")
+        return []
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(supervisor, "call", call)
+    monkeypatch.setattr(supervisor, "START_SECONDS", 0.0)
+    with pytest.raises(supervisor.ManagerError, match="no answer"):
+        supervisor.add_group()
+
+
 def test_manager_that_is_ended_as_it_adds_a_group_leaves_no_file(tmp_path, monkeypatch):
     create = supervisor._create
 
