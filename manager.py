@@ -104,8 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", type=whole_number(1, 1000), default=GROUP_SIZE, metavar="N", help=text)
     text = "serve this queue; repeatable (default: all)"
     add("--queue", dest="queues", action="append", type=not_blank, metavar="QUEUE", help=text)
-    text = "how many jobs each consumer runs at the same time (default: %(default)s)"
-    add("--concurrency", type=whole_number(1, MAX_CONCURRENCY), default=1, metavar="N", help=text)
+    text = "how many jobs each consumer runs at the same time (default: 1)"
+    add("--concurrency", type=whole_number(1, MAX_CONCURRENCY), metavar="N", help=text)
     text = "a module with tasks; repeatable"
     add("--import", dest="modules", action="append", type=module_name, metavar="MODULE", help=text)
     return parser

@@ -181,7 +181,7 @@ def _limit(queue: PersistentQInterface, form: Form, by: str | None) -> str:
 
 
 def _add_group(queue: PersistentQInterface, _: Form, by: str | None) -> str:
-    name = supervisor.add_group(command=supervisor.consumer_command())
+    name = supervisor.add_group()
     queue.record(f"added consumers {name}", by=by)
     return f"added {name}: {supervisor.GROUP_SIZE} consumers"
 

@@ -99,7 +99,7 @@ def added_groups() -> list[str]:
     return sorted(path.stem for path in INCLUDED.glob("consumer*.conf") if path.stem.removeprefix("consumer").isdigit())
 
 
-def write_configuration(queues: list[str] | None, modules: list[str] | None, concurrency: int) -> None:
+def write_configuration(queues: list[str] | None, modules: list[str] | None, concurrency: int | None) -> None:
     """Write supervisord.conf and create its folders in the current folder, to run this copy of the programs.
 
     With modules, the consumers run their tasks instead of the built-in one, and no producer is configured. Raises
@@ -119,7 +119,7 @@ def write_configuration(queues: list[str] | None, modules: list[str] | None, con
         raise ManagerError(f"cannot write {CONFIGURATION}: it already exists; remove it first")
 
 
-def consumer_command() -> str | None:
+def _consumer_command() -> str | None:
     """Return the command of the first consumer in supervisord's configuration, as it must be written in one."""
     commands = (str(each.get("command", "")) for each in call("getAllConfigInfo"))
     found = next(filter(CONSUMER.search, commands), None)
@@ -130,16 +130,16 @@ def add_group(
     size: int = GROUP_SIZE,
     queues: list[str] | None = None,
     modules: list[str] | None = None,
-    concurrency: int = 1,
-    command: str | None = None,
+    concurrency: int | None = None,
 ) -> str:
     """Add a group of this many consumers, wait until all have started, and return its name.
 
-    command: what they run, as `consumer_command` returns it; None: a consumer with these options.
+    queues, modules, concurrency: without any of these, they run the command of the first consumer that is configured.
 
     If this fails, remove the group again. Raises ManagerError, and ValueError for a name that supervisord cannot read.
     """
-    command = command or _in_configuration(_command("consumer") + _options(queues, modules, concurrency))
+    options = _options(queues, modules, concurrency)
+    command = (None if options else _consumer_command()) or _in_configuration(_command("consumer") + options)
     used = {each["group"] for each in processes()}
     make_folder(INCLUDED)
     group = None
@@ -306,9 +306,9 @@ def _command(program: str) -> list[str]:
     return [sys.executable, *([script] if os.path.exists(script) else ["-m", f"pqueue_tools.{program}"])]
 
 
-def _options(queues: list[str] | None, modules: list[str] | None, concurrency: int) -> list[str]:
+def _options(queues: list[str] | None, modules: list[str] | None, concurrency: int | None) -> list[str]:
     words = [word for queue in queues or () for word in ("--queue", queue)]
-    words += ["--concurrency", str(concurrency)] if concurrency > 1 else []
+    words += ["--concurrency", str(concurrency)] if concurrency else []
     return words + [word for module in modules or () for word in ("--import", module)]
 
 

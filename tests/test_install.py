@@ -198,6 +198,9 @@ def test_project_runs_under_supervisor_from_the_configuration_that_the_manager_w
     assert dashboard_actions.ACTIONS["add_group"](queue, {}, "ada") == "added consumer3: 3 consumers"
     tasks = {each["name"]: each["tasks"] for each in queue.consumers()}
     assert tasks["consumer3_02"] == tasks["consumer_02"] == ["sum_up"]
+    done = project.run("pqueue-manager", "--count", 1, "--size", 1)
+    assert (done.returncode, done.stdout) == (0, "added consumer4: 1 consumer\n"), done.stderr
+    assert {each["name"]: each["tasks"] for each in queue.consumers()}["consumer4_00"] == ["sum_up"]
     done = project.run("pqueue-manager", "--remove", "consumer2")
     assert (done.returncode, done.stdout) == (0, "removed consumer2\n"), done.stderr
     child.send_signal(signal.SIGINT)
