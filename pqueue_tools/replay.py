@@ -31,7 +31,7 @@ from pqueue_files import temporary_folder
 from pqueue_tasks import opened
 from pqueue_tools import file_task, termination, worker
 from pqueue_tools.masking import masked_job, masked_text
-from pqueue_tools.outcome import error_text, settle, summary
+from pqueue_tools.outcome import error_text, settle, summary, trace_of
 from pqueue_tools.output import CommandResult
 from pqueue_tools.process import create_whole, print_error, utc_now
 from pqueue_tools.report import ago, first_line, json_text, printable, short_span
@@ -81,7 +81,7 @@ class Replayed:
 
     @property
     def failed(self) -> bool:
-        return self.error is not None and not isinstance(self.error, Snooze)
+        return self.error is not None and not issubclass(type(self.error), Snooze)  # isinstance may run its code
 
 
 @dataclass
@@ -110,7 +110,7 @@ def replay(mine: PersistentQInterface, job: Job, timeout_seconds: float, *, is_a
     with _recorded(mine, is_alone=is_alone) as record, _time_limit(timeout_seconds):
         error, result = _run(mine, job)
     seconds, after = time.monotonic() - began, job
-    if not isinstance(error, TimeLimit):  # which may have broken off a statement of the queue
+    if type(error) is not TimeLimit:  # which may have broken off a statement of the queue
         error = settle(mine, job, error, result)
         after = mine.get(job.id)
     return Replayed(job, after, error, seconds, _stored(mine, record.ids), record.called, record.executed)
@@ -167,7 +167,7 @@ def _run(mine: PersistentQInterface, job: Job) -> tuple[BaseException | None, An
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        if isinstance(error, SystemExit) and error.code in [128 + number for number in termination.SIGNALS]:
+        if type(error) is SystemExit and error.code in [128 + number for number in termination.SIGNALS]:
             raise
         return error, None
 
@@ -286,7 +286,7 @@ def command(queue: PersistentQInterface, options: argparse.Namespace) -> Command
     if found.error is not None and found.failed:
         print(masked_text(error_text(found.error).partition("\n")[2]), file=sys.stderr)
         if options.pdb:
-            pdb.post_mortem(found.error.__traceback__)
+            pdb.post_mortem(trace_of(found.error))
     row = _row(found)
     row["saved"] = options.save and str(options.save)
     return CommandResult([row], _text(row, queue.now()), int(found.failed))
@@ -299,7 +299,7 @@ def _row(found: Replayed) -> dict[str, Any]:
         "job": after.id,
         "task": after.task,
         "attempt": found.before.attempts,
-        "ended": "interrupted" if isinstance(found.error, TimeLimit) else after.state,
+        "ended": "interrupted" if type(found.error) is TimeLimit else after.state,
         "run_at": after.run_at if after.state == "scheduled" else None,
         "result": after.result if after.state == "completed" else None,
         "error": text,

@@ -441,7 +441,7 @@ class Consumer:
         except asyncio.CancelledError as error:
             if self._interrupted is None:
                 raise
-            raise Interrupt(self._interrupted).with_traceback(error.__traceback__) from None
+            raise Interrupt(self._interrupted).with_traceback(trace_of(error)) from None
 
     def _limits(self, job: Job) -> tuple[float, float, float, float]:
         """Return the timeout, the memory limit, the memory in use now if it is limited, and the delay before another
@@ -612,8 +612,8 @@ def run_process(
         code = report("consumer", error)
         record.fields[fields.OUTCOME] = fields.REFUSED
     except BaseException:  # a signal handler of a task, for example
-        traceback.print_exc()
         record.fields[fields.OUTCOME] = fields.BROKEN
+        traceback.print_exc()
     finally:
         _exit(code)
 
@@ -764,20 +764,29 @@ def import_modules(modules: list[str]) -> None:
         try:
             importlib.import_module(module)
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            if type(error) is KeyboardInterrupt and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 raise  # Ctrl-C, in a program that shows it so
             raise ValueError(f"cannot import {module!r}: {_import_error(error)}") from error
 
 
 def _import_error(error: BaseException) -> str:
     """Return what is wrong with a module, and in which of the user's lines."""
-    if isinstance(error, SyntaxError):
+    kind = type(error)  # isinstance may run code of the error
+    if kind in (SyntaxError, IndentationError, TabError):
         return str(error)  # with the line
-    frames = [each for each in traceback.extract_tb(error.__traceback__) if _is_users(each.filename)]
+    frames = [each for each in traceback.extract_tb(trace_of(error)) if _is_users(each.filename)]
     place = f" ({os.path.relpath(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
-    missing = f": expected it in {os.getcwd()}, on PYTHONPATH, or installed for {sys.executable}"
-    text = str(error) if isinstance(error, ImportError) else summary(error).removesuffix(": ")
-    return f"{text}{place}{missing if isinstance(error, ModuleNotFoundError) else ''}"
+    text = str(error) if kind in (ImportError, ModuleNotFoundError) else summary(error).removesuffix(": ")
+    return f"{text}{place}{_where(error) if type(error) is ModuleNotFoundError else ''}"
+
+
+def _where(missing: ModuleNotFoundError) -> str:
+    """Return where Python looks for a module."""
+    package = sys.modules.get(str(missing.name).rpartition(".")[0])
+    if package is None:
+        return f": expected it in {os.getcwd()}, on PYTHONPATH, or installed for {sys.executable}"
+    places = [*getattr(package, "__path__", ()), getattr(package, "__file__", None)]
+    return f": {package.__name__!r} is {places[0]}"
 
 
 def _is_users(path: str) -> bool:

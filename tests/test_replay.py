@@ -74,6 +74,14 @@ def slow(seconds: float) -> None:
     Path("began").touch()
     time.sleep(seconds)
 
+class Evil(Exception):
+    def __getattribute__(self, name):
+        raise RuntimeError("evil")
+
+@task
+def evil():
+    raise Evil
+
 @task
 def threaded() -> str:
     found = []
@@ -291,6 +299,14 @@ def test_replay_starts_the_debugger_where_the_task_raised(queue, replay):
     done = replay(failed(queue, "charge", {"order": -7, "card": "c"}), "--import", "tasks", "--pdb", input="p order\n")
     assert done.returncode == 1
     assert "(Pdb) -7" in done.stdout
+
+
+def test_replay_reports_an_error_whose_own_code_raises_another(queue, replay):
+    done = replay(failed(queue, "evil"), "--import", "tasks", "--pdb", input="q\n")
+    assert done.returncode == 1
+    assert "would be scheduled, and run again" in done.stdout
+    assert "Evil: " in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 def test_replay_without_typer_shows_only_the_error_of_the_task(queue, place, url):
