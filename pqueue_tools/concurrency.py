@@ -434,8 +434,10 @@ class ConcurrentConsumer(Consumer):
                 result = call_task(self.queue, run.job)
                 run.encoded = encoded_result(await result if inspect.isawaitable(result) else result)
                 del result  # here: to free it may run code of the task
+                self._end_child()
                 self._collect_garbage()
             except BaseException as error:
+                self._end_child()
                 run.fail(error)
             finally:
                 run.leave()

@@ -510,13 +510,17 @@ class Consumer:
         """Exit if this is a child that the task forked: it must neither complete the job nor run others."""
         if os.getpid() == self._pid:
             return
-        error = sys.exc_info()[1]
-        code = error.code if isinstance(error, SystemExit) else error
-        if code is not None and not isinstance(code, int):
-            print(masked_text(traceback.format_exc()), end="", file=sys.stderr)
-        with suppress(OSError):
+        error: Any = sys.exc_info()[1]
+        code = 1
+        try:
+            found = error.code if issubclass(type(error), SystemExit) else error
+            is_error = found is not None and not issubclass(type(found), int)
+            code = 1 if is_error else int(found or 0) & 0xFF
+            if is_error:
+                print(masked_text(error_text(error).partition("\n")[2]), file=sys.stderr)
             sys.stdout.flush()
-        os._exit(code if isinstance(code, int) else int(code is not None))
+        finally:  # also if this raises, as it uses what is the task's
+            os._exit(code)
 
     # Completing
 

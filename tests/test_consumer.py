@@ -133,6 +133,62 @@ def test_consumer_whose_log_is_deleted_ends_and_does_not_blame_a_task(tasks, nam
     assert "left behind" not in said and "worker died" not in said, said
 
 
+FORK = """
+import os, sys
+from pqueue import task
+
+class Evil(Exception):
+    def __getattribute__(self, name): raise RuntimeError("evil")
+
+def fail(error): raise error
+
+ENDS = {
+    "return": lambda: None, "code": lambda: sys.exit(3), "text": lambda: sys.exit("no"),
+    "large": lambda: sys.exit(1 << 40), "evil": lambda: fail(Evil()),
+    "closed": lambda: sys.stderr.close() or fail(ValueError()),
+}
+
+@task(max_attempts=1)
+def fork(how: str) -> int:
+    if (child := os.fork()) == 0:
+        return ENDS[how]()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+@task(max_attempts=1)
+async def afork(how: str) -> int: return fork(how)
+"""
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+@pytest.mark.parametrize("task", ["fork", "afork"])
+def test_child_of_a_task_runs_no_jobs_however_it_ends(place, task, concurrency):
+    place.write("forks.py", FORK)
+    queue, codes = place.queue(), {"return": 0, "code": 3, "text": 1, "large": 0, "evil": 1, "closed": 1}
+    queue.enqueue_many(task, [{"how": how} for how in codes])
+    done = place.run("consumer.py", "--import", "forks", "--drain", "--concurrency", concurrency)
+    assert {job.payload["how"]: job.result for job in queue.list_jobs()} == codes, done.stdout + done.stderr
+    assert done.stdout.count(" stopped ") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "said"),
+    [
+        ("good.ok", "", "No module named 'good.ok': 'good' is {here}/good\n"),
+        ("flat.ok", "", "No module named 'flat.ok'; 'flat' is not a package: 'flat' is {here}/flat.py\n"),
+        ("tasks", "import good.ok", "No module named 'good.ok' (tasks.py, line 1): 'good' is {here}/good\n"),
+        ("tasks", "import nosuch.ok", "No module named 'nosuch' (tasks.py, line 1): expected it in {here}, on PYTHON"),
+        ("tasks", f"{FORK}\nfail(Evil())", "Evil (tasks.py, line "),
+    ],
+)
+def test_consumer_says_in_one_line_why_a_module_cannot_be_imported(place, module, code, said):
+    place.write("good/__init__.py", "")
+    place.write("flat.py", "")
+    place.write("tasks.py", code)
+    done = place.run("consumer.py", "--import", module, "--drain")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith(f"consumer.py: cannot import {module!r}: {said.format(here=place.folder)}")
+
+
 def test_jobs_of_a_new_task_wait_for_the_first_consumer_that_knows_it(tasks):
     """Producers are deployed first: old consumers leave the jobs as they are."""
     tasks.write("new_tasks.py", "from pqueue import task\n@task()\ndef new(job): return job.payload\n")
