@@ -564,4 +564,4 @@ def command_line(program: str = "admin") -> str:
 
 def _from_here(name: str) -> str:
     path = Path(__file__).absolute().with_name(name)
-    return name if path == Path(name).absolute() else str(path)
+    return name if os.path.exists(name) and path.samefile(name) else str(path)

@@ -63,6 +63,8 @@ def expect_posix() -> None:
 def sentence_of(error: object) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"cannot use {error.filename}: {error.strerror}"
+    if isinstance(error, FileNotFoundError):  # of os.getcwd
+        return "cannot find the current folder: it was deleted"
     return str(error)
 
 

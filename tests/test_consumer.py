@@ -6,6 +6,7 @@ import errno
 import grp
 import os
 import re
+import shlex
 import signal
 import socket
 import sqlite3
@@ -187,6 +188,21 @@ def test_consumer_says_in_one_line_why_a_module_cannot_be_imported(place, module
     done = place.run("consumer.py", "--import", module, "--drain")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith(f"consumer.py: cannot import {module!r}: {said.format(here=place.folder)}")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("admin.py", "stats"), ("consumer.py", "--import", "tasks"), ("manager.py", "--list"), ("ops.py", "--check")],
+    ids=" ".join,
+)
+def test_program_whose_folder_was_deleted_says_so_in_one_line(place, command):
+    (place.folder / "gone").mkdir()
+    shell = f"cd gone && rmdir ../gone && exec {shlex.join(place.command(*command))}"
+    done = subprocess.run(
+        ["sh", "-c", shell], cwd=place.folder, env=place.environment(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"\w+\.py: cannot find .*folder.* was deleted.*\n", done.stderr), done.stderr
 
 
 def test_jobs_of_a_new_task_wait_for_the_first_consumer_that_knows_it(tasks):

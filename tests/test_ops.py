@@ -1063,15 +1063,6 @@ def test_dashboard_whose_settings_are_invalid_does_not_start(folder, monkeypatch
     assert not os.execv.called
 
 
-def test_dashboard_whose_folder_was_deleted_says_so_in_one_line(folder, monkeypatch, capsys):
-    monkeypatch.delenv("PQUEUE_URL", raising=False)
-    (folder / "gone").mkdir()
-    monkeypatch.chdir(folder / "gone")
-    (folder / "gone").rmdir()
-    assert ops.main(["--check", "--port", "0"]) == 1
-    assert re.fullmatch(r"ops\.py: .*the current folder was deleted; .*\n", capsys.readouterr().err)
-
-
 @pytest.mark.parametrize(
     ("installed", "is_used"), [("1.54.9", False), ("0.99", False), ("1.55.0", True), ("2.0rc1", True)]
 )
