@@ -738,6 +738,14 @@ def test_operator_sees_why_a_job_does_not_run(queue, state, sentence):
     assert not re.search(r"\d\d:\d\d", found)  # by the clock of a server whose time zone is not the reader's
 
 
+def test_operator_is_not_told_to_resubmit_a_job_without_the_one_that_it_runs_after(queue):
+    parent = queue.enqueue("t")
+    child = queue.enqueue("t", after=[parent])
+    queue.cancel(parent)
+    found = report.why(queue, child)
+    assert found.endswith(": job 1 was cancelled; when that one is resubmitted, this one waits again"), found
+
+
 def test_operator_enqueues_after_other_jobs_and_sees_for_which_a_job_waits(front, queue, run):
     parents = [int(run("enqueue", "work", number)[1]) for number in range(7)]
     child = int(run("enqueue", "album", "--after", ",".join(map(str, parents)), "--after-failed", "run")[1])
