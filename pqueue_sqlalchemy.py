@@ -238,7 +238,12 @@ class PostgresSession(Session):
 
     @property
     def has_ended(self) -> bool:
-        return self._link is not None and self._link.status == TransactionStatus.IDLE
+        return self._link is not None and (self._link.status == TransactionStatus.IDLE or self.was_closed)
+
+    @property
+    def was_closed(self) -> bool:
+        """Whether this program has closed the connection."""
+        return self._link is not None and self._link.driver.closed and not self._link.driver.broken
 
     def _begin(self) -> None:
         self._begin_with = BEGIN  # the first statement sends it
@@ -629,6 +634,8 @@ class OnPostgres(PersistentQSQLAlchemy):
         if state == "26000" or original.diag.source_function == "RevalidateCachedQuery":
             why = "its tables were altered" if state == "0A000" else "the application removed prepared statements"
             return Conflict(f"cannot use {self.name}: {why}; try again ({text})")
+        if session and session.was_closed:
+            return QueueError(f"cannot use {self.name}: the connection of the transaction was closed inside its block")
         if isinstance(original, psycopg.OperationalError) and not state.startswith(LASTING_STATES):
             verb = "reach" if state[:2] in ("", "08", "57") and state != "57014" else "use"  # that one was cancelled
             return QueueBusy(f"cannot {verb} {self.name}: {text}")

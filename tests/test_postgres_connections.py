@@ -217,6 +217,25 @@ def test_transaction_finds_none_that_sqlalchemy_left_open(queue, ends):
                 raise ZeroDivisionError
 
 
+@pytest.mark.parametrize("driver", [False, True])
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        (lambda _: None, "cannot commit: the transaction was ended inside its block"),
+        (lambda queue: queue.enqueue("t", now=1), "cannot continue in a transaction that has ended; leave its block"),
+        (lambda queue: queue.get(1), "cannot use .*: the connection of the transaction was closed inside its block"),
+    ],
+    ids=["end", "enqueue", "read"],
+)
+def test_application_that_closes_the_connection_of_its_transaction_is_told_so(queue, driver, then, said):
+    with pytest.raises(QueueError, match=said) as refused, queue.transaction() as db:
+        queue.enqueue("t")
+        (db.connection.driver_connection if driver else db).close()
+        then(queue)
+    assert type(refused.value) is QueueError
+    assert queue.count_jobs() == 0
+
+
 def test_transaction_reads_rows_of_the_usual_kind_though_the_one_before_chose_another(queue):
     for _ in range(2):
         with queue.transaction() as db:
