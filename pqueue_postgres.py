@@ -728,10 +728,11 @@ QUERY = "left(regexp_replace(query, '\\s+', ' ', 'g'), 60)"
 MANY_DEAD = f"""FROM pg_stat_user_tables
 WHERE schemaname = {THIS_SCHEMA} AND n_dead_tup > {MANY_DEAD_ROWS} + 2 * n_live_tup"""
 
-# Tables that the server empties after a crash.
+# Tables that the server empties after a crash, and sequences that it sets to 1.
 NOT_LOGGED = f"""
-SELECT format('table %1$s is UNLOGGED: run ALTER TABLE %1$s SET LOGGED', oid::regclass)
-FROM pg_class WHERE relnamespace = '{SCHEMA}'::regnamespace AND relkind = 'r' AND relpersistence = 'u'"""
+SELECT format('%1$s %2$s is UNLOGGED: run ALTER TABLE %2$s SET LOGGED',
+    CASE relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, oid::regclass)
+FROM pg_class WHERE relnamespace = '{SCHEMA}'::regnamespace AND relkind IN ('r', 'S') AND relpersistence = 'u'"""
 
 HEALTH = {
     # First what needs no lock of a table: it names who holds one.
@@ -822,6 +823,11 @@ FROM pg_class WHERE relnamespace = '{SCHEMA}'::regnamespace AND relrowsecurity
 UNION ALL SELECT format('table {SCHEMA}.%1$s has a rule, which replaces statements: '
     'run DROP RULE %2$I ON {SCHEMA}.%1$s', tablename, rulename)
 FROM pg_rules WHERE schemaname = {THIS_SCHEMA} AND tablename = ANY ('{{{", ".join(TABLES)}}}')""",
+    # Jobs are deleted in batches: one that a foreign key of the application keeps is in the way of the others.
+    "foreign keys": f"""
+SELECT format('foreign key %I of table %s keeps jobs from being deleted: give it ON DELETE CASCADE or SET NULL',
+    conname, conrelid::regclass)
+FROM pg_constraint WHERE confrelid = '{SCHEMA}.jobs'::regclass AND confdeltype IN ('a', 'r') AND conparentid = 0""",
     # Our functions run with the rights of their owners, who may not write the tables.
     "owners without rights": f"""
 SELECT DISTINCT format('function %s belongs to %s, which lacks a right on the tables: run ALTER FUNCTION %s OWNER TO '
@@ -848,17 +854,18 @@ WHERE relnamespace = '{SCHEMA}'::regnamespace AND NOT (indisvalid AND indisready
     # The triggers that count pending jobs are needed only if a queue has a limit.
     "disabled triggers": f"""
 SELECT format('trigger %s is disabled: run ALTER TABLE jobs ENABLE ALWAYS TRIGGER %s', tgname, tgname)
-FROM pg_trigger WHERE tgrelid = '{SCHEMA}.jobs'::regclass AND tgenabled NOT IN ('A', 'O')
-    AND (tgname LIKE 'group%'
-    OR tgname LIKE 'pending%' AND EXISTS (SELECT 1 FROM queues WHERE max_pending IS NOT NULL))""",
+FROM pg_trigger JOIN pg_proc p ON p.oid = tgfoid
+WHERE tgrelid = '{SCHEMA}.jobs'::regclass AND tgenabled NOT IN ('A', 'O')
+    AND (proname = 'note_group'
+    OR proname = 'note_pending' AND EXISTS (SELECT 1 FROM queues WHERE max_pending IS NOT NULL))""",
     # After a switch-over of logical replication, sequences may give ids that are taken.
     "sequences behind": f"""
-SELECT format('the ids of %s continue at %s, but %s is taken: run SELECT setval(''{SCHEMA}.%s'', %s)',
-    name, coalesce(last_value, 0) + 1, highest, sequencename, highest)
+SELECT format('the ids of %s continue at %s, but %s is taken: run SELECT setval(%L, %s)',
+    name, coalesce(last_value, 0) + 1, highest, sequence, highest)
 FROM ({" UNION ALL ".join(f"SELECT '{table}' AS name, max(id) AS highest FROM {table}" for table in WITH_ID)}) each
-JOIN pg_sequences ON schemaname = {THIS_SCHEMA} AND sequencename = name || '_id_seq'
-WHERE coalesce(last_value, 0) < highest
-    AND has_sequence_privilege(format('%I.%I', schemaname, sequencename), 'SELECT')""",
+CROSS JOIN pg_get_serial_sequence('{SCHEMA}.' || name, 'id') sequence
+JOIN pg_sequences ON format('%I.%I', schemaname, sequencename) = sequence
+WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege(sequence, 'SELECT')""",
 }
 
 # The schema

@@ -933,6 +933,11 @@ SELECT queue, task, count(*) FROM pqueue.jobs WHERE state = 'pending' AND assign
 -- $1 before
 SELECT count(*) FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at < $1;
 
+-- UNLISTED
+-- Return the queues and tasks of pending jobs that no claim finds.
+SELECT queue, task FROM pqueue.jobs WHERE state = 'pending' AND assigned_to IS NULL
+EXCEPT SELECT queue, task FROM pqueue.queues JOIN pqueue.queue_tasks ON queue = name ORDER BY queue, task;
+
 -- STALLED
 -- Return what PENDING_TASKS does, of the queues where a job was due before :before and none was started or ended since.
 -- Of the events, the last 100 suffice: an attempt that failed and is repeated is among them, if only such end.
@@ -1638,9 +1643,10 @@ SELECT pqueue.count_pending(queue) FROM (
 ) most;
 
 -- NOT_LOGGED
--- Tables that the server empties after a crash.
-SELECT format('table %1$s is UNLOGGED: run ALTER TABLE %1$s SET LOGGED', oid::regclass)
-FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace AND relkind = 'r' AND relpersistence = 'u';
+-- Tables that the server empties after a crash, and sequences that it sets to 1.
+SELECT format('%1$s %2$s is UNLOGGED: run ALTER TABLE %2$s SET LOGGED',
+    CASE relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, oid::regclass)
+FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace AND relkind IN ('r', 'S') AND relpersistence = 'u';
 
 -- CATALOG
 -- Return each part of the schema, or of the temporary tables and functions of this session: its kind, its table, its
@@ -1792,8 +1798,9 @@ UNION ALL SELECT format('%1$s is off: set %1$s = on', name)
 FROM (VALUES ('autovacuum'), ('track_counts')) needed (name) WHERE current_setting(name) = 'off';
 
 -- HEALTH: unlogged tables
-SELECT format('table %1$s is UNLOGGED: run ALTER TABLE %1$s SET LOGGED', oid::regclass)
-FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace AND relkind = 'r' AND relpersistence = 'u';
+SELECT format('%1$s %2$s is UNLOGGED: run ALTER TABLE %2$s SET LOGGED',
+    CASE relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, oid::regclass)
+FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace AND relkind IN ('r', 'S') AND relpersistence = 'u';
 
 -- HEALTH: hidden rows
 SELECT format('row-level security is on for table %1$s: it hides rows from all roles but the owner, without an error; '
@@ -1802,6 +1809,11 @@ FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace AND relrowsecurity
 UNION ALL SELECT format('table pqueue.%1$s has a rule, which replaces statements: '
     'run DROP RULE %2$I ON pqueue.%1$s', tablename, rulename)
 FROM pg_rules WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND tablename = ANY ('{jobs, queues, queue_tasks, queue_groups, group_weights, group_starts, consumers, history, schedules, dependencies, handlers, outcomes, version, pending_counts, pending_changes, group_events}');
+
+-- HEALTH: foreign keys
+SELECT format('foreign key %I of table %s keeps jobs from being deleted: give it ON DELETE CASCADE or SET NULL',
+    conname, conrelid::regclass)
+FROM pg_constraint WHERE confrelid = 'pqueue.jobs'::regclass AND confdeltype IN ('a', 'r') AND conparentid = 0;
 
 -- HEALTH: owners without rights
 SELECT DISTINCT format('function %s belongs to %s, which lacks a right on the tables: run ALTER FUNCTION %s OWNER TO '
@@ -1828,17 +1840,18 @@ WHERE relnamespace = 'pqueue'::regnamespace AND NOT (indisvalid AND indisready A
 
 -- HEALTH: disabled triggers
 SELECT format('trigger %s is disabled: run ALTER TABLE pqueue.jobs ENABLE ALWAYS TRIGGER %s', tgname, tgname)
-FROM pg_trigger WHERE tgrelid = 'pqueue.jobs'::regclass AND tgenabled NOT IN ('A', 'O')
-    AND (tgname LIKE 'group%'
-    OR tgname LIKE 'pending%' AND EXISTS (SELECT 1 FROM pqueue.queues WHERE max_pending IS NOT NULL));
+FROM pg_trigger JOIN pg_proc p ON p.oid = tgfoid
+WHERE tgrelid = 'pqueue.jobs'::regclass AND tgenabled NOT IN ('A', 'O')
+    AND (proname = 'note_group'
+    OR proname = 'note_pending' AND EXISTS (SELECT 1 FROM pqueue.queues WHERE max_pending IS NOT NULL));
 
 -- HEALTH: sequences behind
-SELECT format('the ids of %s continue at %s, but %s is taken: run SELECT setval(''pqueue.%s'', %s)',
-    name, coalesce(last_value, 0) + 1, highest, sequencename, highest)
+SELECT format('the ids of %s continue at %s, but %s is taken: run SELECT setval(%L, %s)',
+    name, coalesce(last_value, 0) + 1, highest, sequence, highest)
 FROM (SELECT 'jobs' AS name, max(id) AS highest FROM pqueue.jobs UNION ALL SELECT 'queue_groups' AS name, max(id) AS highest FROM pqueue.queue_groups UNION ALL SELECT 'consumers' AS name, max(id) AS highest FROM pqueue.consumers UNION ALL SELECT 'history' AS name, max(id) AS highest FROM pqueue.history UNION ALL SELECT 'dependencies' AS name, max(id) AS highest FROM pqueue.dependencies) each
-JOIN pg_sequences ON schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND sequencename = name || '_id_seq'
-WHERE coalesce(last_value, 0) < highest
-    AND has_sequence_privilege(format('%I.%I', schemaname, sequencename), 'SELECT');
+CROSS JOIN pg_get_serial_sequence('pqueue.' || name, 'id') sequence
+JOIN pg_sequences ON format('%I.%I', schemaname, sequencename) = sequence
+WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege(sequence, 'SELECT');
 
 -- claim_alone(1)
 -- Lease jobs, unless there are any to promote or reclaim. Synced only for a last attempt, which must not be repeated.

@@ -563,6 +563,10 @@ DRIFT = [
         "CREATE RULE keep AS ON DELETE TO pqueue.history DO INSTEAD NOTHING",
         "table pqueue.history has a rule, which replaces statements: run DROP RULE keep ON pqueue.history",
     ),
+    (
+        "CREATE TABLE public.orders (job_id bigint REFERENCES pqueue.jobs (id))",
+        "foreign key orders_job_id_fkey of table public.orders keeps jobs from being deleted: give it ON DELETE CASC",
+    ),
 ]
 
 
@@ -584,6 +588,10 @@ CREATE FUNCTION public.count_pending(which text) RETURNS bigint LANGUAGE sql AS 
     ("damage", "problem"),
     [
         ("SELECT setval('pqueue.jobs_id_seq', 1, false)", "the ids of jobs continue at 1, but 3 is taken: run SELECT"),
+        (
+            "ALTER SEQUENCE pqueue.jobs_id_seq RENAME TO mine; SELECT setval('pqueue.mine', 1, false)",
+            r"the ids of jobs continue at 1, but 3 is taken: run SELECT setval\('pqueue.mine', 3\)",
+        ),
         ("DROP INDEX pqueue.jobs_processing", "index jobs_processing of table jobs is missing: create it as docs"),
         (
             "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'pqueue.jobs_claim'::regclass",
@@ -592,8 +600,12 @@ CREATE FUNCTION public.count_pending(which text) RETURNS bigint LANGUAGE sql AS 
         ("ALTER TABLE pqueue.jobs SET (autovacuum_enabled = false)", "autovacuum is off for table .*jobs: run ALTER"),
         ("UPDATE pqueue.version SET number = 2", "expected schema_version 1, got 2"),
         (
-            "ALTER TABLE pqueue.jobs SET UNLOGGED",
-            "table pqueue.jobs is UNLOGGED: run ALTER TABLE pqueue.jobs SET LOGGED",
+            "ALTER TABLE pqueue.queues SET UNLOGGED",
+            "table pqueue.queues is UNLOGGED: run ALTER TABLE pqueue.queues SET LOGGED",
+        ),
+        (
+            "ALTER SEQUENCE pqueue.jobs_id_seq SET UNLOGGED",
+            "sequence pqueue.jobs_id_seq is UNLOGGED: run ALTER TABLE pqueue.jobs_id_seq SET LOGGED",
         ),
         ("DROP TRIGGER group_ended ON pqueue.jobs", "trigger group_ended of table jobs is missing: create it as"),
         (
@@ -689,7 +701,10 @@ def test_check_accepts_what_a_dba_may_add(queue, database):  # noqa: F811
             "CREATE INDEX mine ON pqueue.jobs (created_at)",
             "CREATE FUNCTION public.look() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
             "CREATE TRIGGER look AFTER INSERT ON pqueue.jobs FOR EACH ROW EXECUTE FUNCTION public.look()",
+            "CREATE TRIGGER group_look AFTER INSERT ON pqueue.jobs FOR EACH ROW EXECUTE FUNCTION public.look()",
+            "CREATE TABLE public.orders (job_id bigint REFERENCES pqueue.jobs (id) ON DELETE CASCADE)",
             f"{JOBS} DISABLE TRIGGER look",
+            f"{JOBS} DISABLE TRIGGER group_look",
             f"{JOBS} SET (fillfactor = 70)",
             "ALTER INDEX pqueue.jobs_claim SET (fillfactor = 70)",
             f"{JOBS} ALTER payload SET STORAGE EXTERNAL, ALTER task SET STATISTICS 1000",
