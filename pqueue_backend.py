@@ -12,7 +12,7 @@ from itertools import count
 from typing import Any, TypeVar
 from weakref import WeakSet
 
-from pqueue_schema import ADD_QUEUE, RECORD_OPERATION
+from pqueue_schema import ADD_QUEUE, RECORD_OPERATION, UNLISTED
 from pqueue_tasks import actor
 from pqueue_values import NO_PARAMS, LeaseLost, Params, QueueError, finite, valid_filter, valid_name
 
@@ -342,6 +342,13 @@ class Backend(ABC):
 
         thorough: read the whole database to find damage, and take the write lock.
         """
+
+    def _unlisted_tasks(self) -> list[str]:
+        return [
+            f"no consumer finds the pending jobs of task {task!r} in queue {queue!r}, which does not list it: enqueue "
+            "another one there"
+            for queue, task in self._read(UNLISTED)
+        ]
 
     @abstractmethod
     def close(self) -> None:

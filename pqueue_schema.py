@@ -770,6 +770,11 @@ SELECT queue, task, count(*) FROM jobs WHERE state = 'pending' AND assigned_to I
 # Count the leases that ran out before :before.
 EXPIRED_LEASES = "SELECT count(*) FROM jobs WHERE state = 'processing' AND lease_expires_at < :before"
 
+# Return the queues and tasks of pending jobs that no claim finds.
+UNLISTED = """
+SELECT queue, task FROM jobs WHERE state = 'pending' AND assigned_to IS NULL
+EXCEPT SELECT queue, task FROM queues JOIN queue_tasks ON queue = name ORDER BY queue, task"""
+
 # Return what PENDING_TASKS does, of the queues where a job was due before :before and none was started or ended since.
 # Of the events, the last 100 suffice: an attempt that failed and is repeated is among them, if only such end.
 STALLED = f"""

@@ -1039,6 +1039,7 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
                 yield pqueue_postgres.drift(model, found, self.schema, has_limits=has_limits)
         for name, counted, found in self._read(pqueue_postgres.MISCOUNTED) if thorough else ():
             yield [f"expected {found} pending jobs of queue {name!r}, counted {counted}: set its limit again"]
+        yield self._unlisted_tasks() if thorough else ()
 
     def _model(self) -> list[Part]:
         """Return the parts of a new schema, which the server describes; none if this role may not make temporary

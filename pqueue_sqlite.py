@@ -1100,6 +1100,7 @@ class PersistentQSQLite(PersistentQInterface):
         changed += [
             f"queue {name!r} counts its pending jobs wrong: set its limit again" for (name,) in self._read(MISCOUNTED)
         ]
+        changed += self._unlisted_tasks()
         return changed + [
             f"trigger {name!r} on {table} is not ours"
             for name, table in self._read(TRIGGERS)

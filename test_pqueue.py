@@ -621,6 +621,19 @@ class QueueContract:
         with self.queue.transaction() as db:
             self.assertEqual(self.execute(db, "SELECT count(*) FROM dependencies").fetchall()[0][0], 0)
 
+    def test_operator_is_told_of_jobs_that_no_consumer_finds(self):
+        """After a restore that left out a table."""
+        for table in ("queue_tasks", "queues"):
+            ids = [self.queue.enqueue("t")]
+            with self.subTest(table=table), self.queue.transaction() as db:
+                self.execute(db, f"DELETE FROM {table}")
+            self.assertIsNone(self.queue.dequeue("w"))
+            problem = "no consumer finds the pending jobs of task 't' in queue 'default', which does not list it: "
+            self.assertEqual(self.queue.check()["problems"], [f"{problem}enqueue another one there"])
+            ids.append(self.queue.enqueue("t"))
+            self.assertEqual([job.id for job in self.queue.dequeue_many("w", 9)], ids)
+            self.assertEqual(self.queue.check()["problems"], [])
+
     def test_job_is_deleted_when_those_after_it_have_finished(self):
         parents = self.queue.enqueue_many("t", range(2))
         children = [self.queue.enqueue("t", after=[each]) for each in parents]
