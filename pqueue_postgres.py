@@ -968,8 +968,10 @@ REPLACED |= {KNOWN.format(task=name): _KNOWN.format(task=name) for name in ("tas
 NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
 # A name of a table where a statement says which table it uses. The application's search_path must not decide that.
 USED_TABLE = re.compile(rf"\b(FROM|JOIN|INTO|UPDATE|TABLE|EXISTS|ON) ({'|'.join(TABLES)})\b(?!\.)")
-# Types that a temporary table of the application may hide, as their names are no keywords (json: before PostgreSQL 16).
-USED_TYPE = re.compile(r"(\bAS |::)(json|text)\b")
+# What a temporary table of the application may hide: tables of the catalog, and types whose names are no keywords
+# (json: before PostgreSQL 16).
+USED_CATALOG = re.compile(r"\b(FROM |JOIN )(pg_\w+)\b(?![(.])")
+USED_TYPE = re.compile(r"(\bAS |::)(json|text|oid|xid8|timestamptz|reg\w+)\b")
 
 
 def names_in(schema: str) -> dict[str, str]:
@@ -988,7 +990,9 @@ def translated(sql: str, schema: str = DEFAULT_SCHEMA) -> tuple[bytes, list[str]
     sql = POSTGRES.get(sql, sql)
     for shared, ours in REPLACED.items():
         sql = sql.replace(shared, ours)
-    sql = USED_TYPE.sub(r"\1pg_catalog.\2", USED_TABLE.sub(rf"\1 {SCHEMA}.\2", sql))
+    sql = USED_TABLE.sub(rf"\1 {SCHEMA}.\2", sql)
+    for used in (USED_CATALOG, USED_TYPE):
+        sql = used.sub(r"\1pg_catalog.\2", sql)
     for placeholder, name in names_in(schema).items():
         sql = sql.replace(placeholder, name)
     names = list(dict.fromkeys(NAMED.findall(sql)))

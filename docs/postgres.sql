@@ -794,8 +794,8 @@ UPDATE pqueue.consumers SET state = 'dead' WHERE slot = $1 AND state = 'running'
 -- differs because a consumer that lost its connection may have reconnected
 -- $1 state, $2 token
 UPDATE pqueue.consumers SET state = $1 WHERE token = $2 AND state = 'running' AND ($1 = 'stopped' OR slot NOT IN (
-SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = 27234830 AND objsubid = 2 AND granted
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) AND abs(EXTRACT(EPOCH FROM clock_timestamp()) - last_seen_at) >= 3.0);
+SELECT objid FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND classid = 27234830 AND objsubid = 2 AND granted
+    AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())) AND abs(EXTRACT(EPOCH FROM clock_timestamp()) - last_seen_at) >= 3.0);
 
 -- RUNNING
 -- Return the running consumers.
@@ -1487,8 +1487,8 @@ DELETE FROM pqueue.queue_groups WHERE id = ANY (ARRAY(SELECT id
 
 -- LOCKED_SLOTS
 -- Return the slots of living consumers: the numbers of the locks that they hold.
-SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = 27234830 AND objsubid = 2 AND granted
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
+SELECT objid FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND classid = 27234830 AND objsubid = 2 AND granted
+    AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database());
 
 -- COMPLETE_ALL
 -- Complete jobs; return their ids, and whether others may depend on them.
@@ -1608,8 +1608,8 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
 
 -- WRITERS
 -- Return the transactions that have written jobs.
-SELECT virtualtransaction FROM pg_locks WHERE relation = 'pqueue.jobs'::regclass AND mode = 'RowExclusiveLock'
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
+SELECT virtualtransaction FROM pg_catalog.pg_locks WHERE relation = 'pqueue.jobs'::pg_catalog.regclass AND mode = 'RowExclusiveLock'
+    AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database());
 
 -- UPTIME
 -- Return the seconds since the server started or, if later, replayed its last transaction as a standby.
@@ -1625,7 +1625,7 @@ WHERE counted IS DISTINCT FROM found;
 
 -- IS_COUNTED
 -- Return a row if the triggers that count pending jobs exist.
-SELECT 1 FROM pg_trigger WHERE tgrelid = 'pqueue.jobs'::regclass AND tgname = 'pending_insert';
+SELECT 1 FROM pg_catalog.pg_trigger WHERE tgrelid = 'pqueue.jobs'::pg_catalog.regclass AND tgname = 'pending_insert';
 
 -- LOCK_AS_WRITER
 -- Acquire the writers' lock before reading jobs to change: with only the readers' lock, this transaction could deadlock
@@ -1645,32 +1645,32 @@ SELECT pqueue.count_pending(queue) FROM (
 -- NOT_LOGGED
 -- Tables that the server empties after a crash, and sequences that it sets to 1.
 SELECT format('%1$s %2$s is UNLOGGED: run ALTER TABLE %2$s SET LOGGED',
-    CASE relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, oid::regclass)
-FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace AND relkind IN ('r', 'S') AND relpersistence = 'u';
+    CASE relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, oid::pg_catalog.regclass)
+FROM pg_catalog.pg_class WHERE relnamespace = 'pqueue'::pg_catalog.regnamespace AND relkind IN ('r', 'S') AND relpersistence = 'u';
 
 -- CATALOG
 -- Return each part of the schema, or of the temporary tables and functions of this session: its kind, its table, its
 -- name and its definition. A constraint may have another name: that is its definition.
 -- $1 temporary
-WITH place AS (SELECT CASE WHEN $1 THEN pg_my_temp_schema() ELSE 'pqueue'::regnamespace END AS id),
-tables AS (SELECT oid, relname::pg_catalog.text AS name FROM pg_class
+WITH place AS (SELECT CASE WHEN $1 THEN pg_my_temp_schema() ELSE 'pqueue'::pg_catalog.regnamespace END AS id),
+tables AS (SELECT oid, relname::pg_catalog.text AS name FROM pg_catalog.pg_class
     WHERE relnamespace = (SELECT id FROM place) AND relname = ANY ('{jobs, queues, queue_tasks, queue_groups, group_weights, group_starts, consumers, history, schedules, dependencies, handlers, outcomes, version, pending_counts, pending_changes, group_events}'))
 SELECT 'column', name, attname::pg_catalog.text, concat_ws(' ', format_type(atttypid, atttypmod),
-    CASE WHEN attcollation <> typcollation THEN 'COLLATE ' || attcollation::regcollation END,
+    CASE WHEN attcollation <> typcollation THEN 'COLLATE ' || attcollation::pg_catalog.regcollation END,
     CASE WHEN attnotnull THEN 'NOT NULL' END, CASE attidentity WHEN 'd' THEN 'IDENTITY' WHEN 'a' THEN 'ALWAYS' END,
     'DEFAULT ' || pg_get_expr(adbin, adrelid))
-FROM tables t JOIN pg_attribute ON attrelid = t.oid JOIN pg_type y ON y.oid = atttypid
-    LEFT JOIN pg_attrdef ON adrelid = t.oid AND adnum = attnum WHERE attnum > 0 AND NOT attisdropped
+FROM tables t JOIN pg_catalog.pg_attribute ON attrelid = t.oid JOIN pg_catalog.pg_type y ON y.oid = atttypid
+    LEFT JOIN pg_catalog.pg_attrdef ON adrelid = t.oid AND adnum = attnum WHERE attnum > 0 AND NOT attisdropped
 UNION ALL SELECT 'constraint', name, pg_get_constraintdef(c.oid), ''
-FROM tables t JOIN pg_constraint c ON conrelid = t.oid WHERE contype IN ('c', 'p', 'u')
+FROM tables t JOIN pg_catalog.pg_constraint c ON conrelid = t.oid WHERE contype IN ('c', 'p', 'u')
 UNION ALL SELECT 'index', name, relname::pg_catalog.text, regexp_replace(pg_get_indexdef(indexrelid), ' WITH \([^)]*\)', '')
-FROM tables t JOIN pg_index ON indrelid = t.oid JOIN pg_class c ON c.oid = indexrelid
-WHERE NOT EXISTS (SELECT 1 FROM pg_constraint WHERE conindid = indexrelid)
+FROM tables t JOIN pg_catalog.pg_index ON indrelid = t.oid JOIN pg_catalog.pg_class c ON c.oid = indexrelid
+WHERE NOT EXISTS (SELECT 1 FROM pg_catalog.pg_constraint WHERE conindid = indexrelid)
 UNION ALL SELECT 'trigger', name, tgname::pg_catalog.text, pg_get_triggerdef(g.oid)
-FROM tables t JOIN pg_trigger g ON tgrelid = t.oid
+FROM tables t JOIN pg_catalog.pg_trigger g ON tgrelid = t.oid
 UNION ALL SELECT 'function', '', proname::pg_catalog.text,
     concat_ws(' ', provolatile, CASE WHEN prosecdef THEN 'DEFINER' END, array_to_string(proconfig, ' '), prosrc)
-FROM pg_proc WHERE pronamespace = (SELECT id FROM place);
+FROM pg_catalog.pg_proc WHERE pronamespace = (SELECT id FROM place);
 
 -- ENQUEUE as its own transaction
 -- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 expires_at, $7 max_attempts, $8 key, $9 key_until, $10
@@ -1721,20 +1721,20 @@ SELECT id FROM added;
 -- HEALTH: long waits
 SELECT format('pid %s waits for a lock of pid %s since %s s: %s', pid, array_to_string(pg_blocking_pids(pid), ', '),
     floor(EXTRACT(EPOCH FROM clock_timestamp() - query_start)), left(regexp_replace(query, '\s+', ' ', 'g'), 60))
-FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()
+FROM pg_catalog.pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()
     AND (application_name = 'pqueue' OR strpos(query, 'pqueue.') > 0)
     AND query_start < clock_timestamp() - make_interval(secs => 2);
 
 -- HEALTH: old transactions
 SELECT format('a transaction has been open for %s s and keeps dead rows, which slows claims: pid %s (%s, %s): %s',
     floor(EXTRACT(EPOCH FROM clock_timestamp() - xact_start)), pid, usename, state, left(regexp_replace(query, '\s+', ' ', 'g'), 60))
-FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type <> 'autovacuum worker'
+FROM pg_catalog.pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type <> 'autovacuum worker'
     AND (backend_xid IS NOT NULL OR backend_xmin IS NOT NULL AND datname = current_database())
     AND xact_start < clock_timestamp() - make_interval(secs => 60)
 UNION ALL SELECT format('transaction %s of %s was prepared %s s ago and keeps dead rows, which slows claims: run '
     'ROLLBACK PREPARED %L or COMMIT PREPARED %L in database %s', gid, owner,
     floor(EXTRACT(EPOCH FROM clock_timestamp() - prepared)), gid, gid, database)
-FROM pg_prepared_xacts WHERE prepared < clock_timestamp() - make_interval(secs => 60);
+FROM pg_catalog.pg_prepared_xacts WHERE prepared < clock_timestamp() - make_interval(secs => 60);
 
 -- HEALTH: unused slots
 SELECT format('replication slot %s is not in use%s and keeps %s of log%s: start what uses it, or run SELECT '
@@ -1743,9 +1743,9 @@ SELECT format('replication slot %s is not in use%s and keeps %s of log%s: start 
     CASE WHEN xmin IS NOT NULL THEN ' and dead rows, which slows claims'
     WHEN catalog_xmin IS NOT NULL THEN ' and dead rows of the system catalogs' END, slot_name)
 FROM (
-    SELECT *, CAST(to_jsonb(s) ->> 'inactive_since' AS timestamptz) AS since, pg_wal_lsn_diff(CASE
+    SELECT *, CAST(to_jsonb(s) ->> 'inactive_since' AS pg_catalog.timestamptz) AS since, pg_wal_lsn_diff(CASE
         WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, restart_lsn) AS log
-    FROM pg_replication_slots s
+    FROM pg_catalog.pg_replication_slots s
 ) slots
 WHERE NOT active AND wal_status <> 'lost'
     AND coalesce(since < clock_timestamp() - make_interval(secs => 60), true);
@@ -1755,19 +1755,19 @@ SELECT format('%s (pid %s) has kept dead rows%s for %s transactions, which slows
 FROM (
     SELECT 'standby ' || application_name AS name, pid, '' AS of_what, age(backend_xmin) AS age,
         'claims: end the oldest transaction there, or set hot_standby_feedback = off there' AS remedy
-    FROM pg_stat_replication
+    FROM pg_catalog.pg_stat_replication
     UNION ALL SELECT 'the standby of replication slot ' || slot_name, active_pid, '', age(xmin),
         'claims: end the oldest transaction there, or set hot_standby_feedback = off there'
-    FROM pg_replication_slots WHERE active
+    FROM pg_catalog.pg_replication_slots WHERE active
     UNION ALL SELECT 'the subscriber of replication slot ' || slot_name, active_pid, ' of the system catalogs',
         age(catalog_xmin), 'all statements: look why it does not keep up'
-    FROM pg_replication_slots WHERE active
+    FROM pg_catalog.pg_replication_slots WHERE active
     UNION ALL SELECT 'a transaction of ' || usename, pid, '', greatest(age(backend_xid), age(backend_xmin)),
         'claims: end it'
-    FROM pg_stat_activity WHERE xact_start IS NULL AND (backend_xid IS NOT NULL OR datname = current_database())
+    FROM pg_catalog.pg_stat_activity WHERE xact_start IS NULL AND (backend_xid IS NOT NULL OR datname = current_database())
 ) held
-WHERE age > CASE WHEN EXISTS (SELECT 1 FROM pg_stat_user_tables
-WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND n_dead_tup > 100000 + 2 * n_live_tup) THEN 10000 ELSE 1000000 END;
+WHERE age > CASE WHEN EXISTS (SELECT 1 FROM pg_catalog.pg_stat_user_tables
+WHERE schemaname = (SELECT nspname FROM pg_catalog.pg_namespace WHERE oid = 'pqueue'::pg_catalog.regnamespace) AND n_dead_tup > 100000 + 2 * n_live_tup) THEN 10000 ELSE 1000000 END;
 
 -- HEALTH: few connections
 SELECT format('%s of %s connections are in use: raise max_connections, or run fewer programs', used, most)
@@ -1775,7 +1775,7 @@ FROM (
     SELECT count(*) AS used, current_setting('max_connections')::int
         - current_setting('superuser_reserved_connections')::int
         - coalesce(current_setting('reserved_connections', true)::int, 0) AS most
-    FROM pg_stat_activity WHERE datid IS NOT NULL AND usesysid IS NOT NULL
+    FROM pg_catalog.pg_stat_activity WHERE datid IS NOT NULL AND usesysid IS NOT NULL
         AND coalesce(backend_type, 'client backend') = 'client backend'
 ) clients
 WHERE used > 0.9 * most;
@@ -1788,60 +1788,60 @@ WHERE pg_notification_queue_usage() > 0.5;
 -- HEALTH: changed collation
 SELECT format('the collation has version %1$s, but the indexes were built with %2$s: run REINDEX DATABASE %3$I, then '
     'ALTER DATABASE %3$I REFRESH COLLATION VERSION', pg_database_collation_actual_version(oid), datcollversion, datname)
-FROM pg_database WHERE datname = current_database() AND datcollversion <> pg_database_collation_actual_version(oid);
+FROM pg_catalog.pg_database WHERE datname = current_database() AND datcollversion <> pg_database_collation_actual_version(oid);
 
 -- HEALTH: autovacuum off
-SELECT format('autovacuum is off for table %1$s: run ALTER TABLE %1$s RESET (autovacuum_enabled)', oid::regclass)
-FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace
+SELECT format('autovacuum is off for table %1$s: run ALTER TABLE %1$s RESET (autovacuum_enabled)', oid::pg_catalog.regclass)
+FROM pg_catalog.pg_class WHERE relnamespace = 'pqueue'::pg_catalog.regnamespace
     AND reloptions::pg_catalog.text ~* 'autovacuum_enabled=(off|false|no|0)'
 UNION ALL SELECT format('%1$s is off: set %1$s = on', name)
 FROM (VALUES ('autovacuum'), ('track_counts')) needed (name) WHERE current_setting(name) = 'off';
 
 -- HEALTH: unlogged tables
 SELECT format('%1$s %2$s is UNLOGGED: run ALTER TABLE %2$s SET LOGGED',
-    CASE relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, oid::regclass)
-FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace AND relkind IN ('r', 'S') AND relpersistence = 'u';
+    CASE relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, oid::pg_catalog.regclass)
+FROM pg_catalog.pg_class WHERE relnamespace = 'pqueue'::pg_catalog.regnamespace AND relkind IN ('r', 'S') AND relpersistence = 'u';
 
 -- HEALTH: hidden rows
 SELECT format('row-level security is on for table %1$s: it hides rows from all roles but the owner, without an error; '
-    'run ALTER TABLE %1$s DISABLE ROW LEVEL SECURITY', oid::regclass)
-FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace AND relrowsecurity
+    'run ALTER TABLE %1$s DISABLE ROW LEVEL SECURITY', oid::pg_catalog.regclass)
+FROM pg_catalog.pg_class WHERE relnamespace = 'pqueue'::pg_catalog.regnamespace AND relrowsecurity
 UNION ALL SELECT format('table pqueue.%1$s has a rule, which replaces statements: '
     'run DROP RULE %2$I ON pqueue.%1$s', tablename, rulename)
-FROM pg_rules WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND tablename = ANY ('{jobs, queues, queue_tasks, queue_groups, group_weights, group_starts, consumers, history, schedules, dependencies, handlers, outcomes, version, pending_counts, pending_changes, group_events}');
+FROM pg_catalog.pg_rules WHERE schemaname = (SELECT nspname FROM pg_catalog.pg_namespace WHERE oid = 'pqueue'::pg_catalog.regnamespace) AND tablename = ANY ('{jobs, queues, queue_tasks, queue_groups, group_weights, group_starts, consumers, history, schedules, dependencies, handlers, outcomes, version, pending_counts, pending_changes, group_events}');
 
 -- HEALTH: foreign keys
 SELECT format('foreign key %I of table %s keeps jobs from being deleted: give it ON DELETE CASCADE or SET NULL',
-    conname, conrelid::regclass)
-FROM pg_constraint WHERE confrelid = 'pqueue.jobs'::regclass AND confdeltype IN ('a', 'r') AND conparentid = 0;
+    conname, conrelid::pg_catalog.regclass)
+FROM pg_catalog.pg_constraint WHERE confrelid = 'pqueue.jobs'::pg_catalog.regclass AND confdeltype IN ('a', 'r') AND conparentid = 0;
 
 -- HEALTH: owners without rights
 SELECT DISTINCT format('function %s belongs to %s, which lacks a right on the tables: run ALTER FUNCTION %s OWNER TO '
-    '%s', p.oid::regprocedure, proowner::regrole, p.oid::regprocedure, relowner::regrole)
-FROM pg_proc p JOIN pg_class c ON relnamespace = pronamespace
+    '%s', p.oid::pg_catalog.regprocedure, proowner::pg_catalog.regrole, p.oid::pg_catalog.regprocedure, relowner::pg_catalog.regrole)
+FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_class c ON relnamespace = pronamespace
     AND relname IN ('queues', 'pending_counts', 'pending_changes', 'group_events')
-WHERE pronamespace = 'pqueue'::regnamespace AND prosecdef AND NOT (
+WHERE pronamespace = 'pqueue'::pg_catalog.regnamespace AND prosecdef AND NOT (
     has_schema_privilege(proowner, pronamespace, 'USAGE') AND has_table_privilege(proowner, c.oid, 'UPDATE'));
 
 -- HEALTH: dead rows
 SELECT format('table %1$s has %2$s dead rows and %3$s live ones, and no vacuum has ended for 600 s: '
     'run VACUUM pqueue.%1$I', relname, n_dead_tup, n_live_tup)
-FROM pg_stat_user_tables
-WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND n_dead_tup > 100000 + 2 * n_live_tup AND coalesce(greatest(last_vacuum, last_autovacuum)
+FROM pg_catalog.pg_stat_user_tables
+WHERE schemaname = (SELECT nspname FROM pg_catalog.pg_namespace WHERE oid = 'pqueue'::pg_catalog.regnamespace) AND n_dead_tup > 100000 + 2 * n_live_tup AND coalesce(greatest(last_vacuum, last_autovacuum)
     < clock_timestamp() - make_interval(secs => 600), true);
 
 -- HEALTH: invalid indexes
 SELECT format(CASE WHEN relname ~ '_cc(new|old)[0-9]*$' THEN 'index %s was left by a REINDEX CONCURRENTLY that failed: '
     'run DROP INDEX pqueue.%I' ELSE 'index %s is invalid: run REINDEX INDEX pqueue.%I' END, relname, relname)
-FROM pg_index JOIN pg_class c ON c.oid = indexrelid
-WHERE relnamespace = 'pqueue'::regnamespace AND NOT (indisvalid AND indisready AND indislive)
-    AND NOT EXISTS (SELECT 1 FROM pg_stat_progress_create_index
+FROM pg_catalog.pg_index JOIN pg_catalog.pg_class c ON c.oid = indexrelid
+WHERE relnamespace = 'pqueue'::pg_catalog.regnamespace AND NOT (indisvalid AND indisready AND indislive)
+    AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_stat_progress_create_index
         WHERE datname = current_database() AND coalesce(relid = indrelid, true));
 
 -- HEALTH: disabled triggers
 SELECT format('trigger %s is disabled: run ALTER TABLE pqueue.jobs ENABLE ALWAYS TRIGGER %s', tgname, tgname)
-FROM pg_trigger JOIN pg_proc p ON p.oid = tgfoid
-WHERE tgrelid = 'pqueue.jobs'::regclass AND tgenabled NOT IN ('A', 'O')
+FROM pg_catalog.pg_trigger JOIN pg_catalog.pg_proc p ON p.oid = tgfoid
+WHERE tgrelid = 'pqueue.jobs'::pg_catalog.regclass AND tgenabled NOT IN ('A', 'O')
     AND (proname = 'note_group'
     OR proname = 'note_pending' AND EXISTS (SELECT 1 FROM pqueue.queues WHERE max_pending IS NOT NULL));
 
@@ -1850,7 +1850,7 @@ SELECT format('the ids of %s continue at %s, but %s is taken: run SELECT setval(
     name, coalesce(last_value, 0) + 1, highest, sequence, highest)
 FROM (SELECT 'jobs' AS name, max(id) AS highest FROM pqueue.jobs UNION ALL SELECT 'queue_groups' AS name, max(id) AS highest FROM pqueue.queue_groups UNION ALL SELECT 'consumers' AS name, max(id) AS highest FROM pqueue.consumers UNION ALL SELECT 'history' AS name, max(id) AS highest FROM pqueue.history UNION ALL SELECT 'dependencies' AS name, max(id) AS highest FROM pqueue.dependencies) each
 CROSS JOIN pg_get_serial_sequence('pqueue.' || name, 'id') sequence
-JOIN pg_sequences ON format('%I.%I', schemaname, sequencename) = sequence
+JOIN pg_catalog.pg_sequences ON format('%I.%I', schemaname, sequencename) = sequence
 WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege(sequence, 'SELECT');
 
 -- claim_alone(1)
@@ -1890,7 +1890,7 @@ SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND ru
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 1)
         ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
             ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE CASE WHEN jobs.xmax = '0' THEN true ELSE (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) BETWEEN 1 AND 2147483647
-    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) AS pg_catalog.text) AS xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
+    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) AS pg_catalog.text) AS pg_catalog.xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $8 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
@@ -1948,7 +1948,7 @@ SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND ru
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 1)
         ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
             ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE CASE WHEN jobs.xmax = '0' THEN true ELSE (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) BETWEEN 1 AND 2147483647
-    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) AS pg_catalog.text) AS xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
+    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) AS pg_catalog.text) AS pg_catalog.xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $12 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
@@ -2008,7 +2008,7 @@ SELECT coalesce((SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND ru
             SELECT *, count(CASE WHEN rank = $1 THEN 1 END) OVER (ORDER BY priority DESC, run_at, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM heads
         ) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
             ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE CASE WHEN jobs.xmax = '0' THEN true ELSE (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) BETWEEN 1 AND 2147483647
-    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) AS pg_catalog.text) AS xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
+    AND pg_visible_in_snapshot(CAST(CAST((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - (((SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS pg_catalog.text) AS bigint)) - CAST(CAST(jobs.xmax AS pg_catalog.text) AS bigint)) & 4294967295) AS pg_catalog.text) AS pg_catalog.xid8), (SELECT pg_current_snapshot())) END AND jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $13 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -259,6 +260,22 @@ def test_verbs_in_the_same_transaction_work_whatever_the_application_has_set(que
         queue.cancel(job_id)
     assert queue.get(other_id).state == "completed"
     assert queue.get(job_id).state == "cancelled"
+
+
+def test_verbs_in_a_transaction_read_the_catalog_although_temporary_tables_have_its_names(queue):
+    """As a DBA copies pg_stat_activity or pg_locks to look at it."""
+    queue.limit("default", 5)
+    assert queue.dequeue("w") is None
+    used = set(re.findall(r"pg_catalog\.(\w+)", (ROOT / "docs" / "postgres.sql").read_text()))
+    with queue.transaction() as db:
+        for name in used:
+            db.exec_driver_sql(f"CREATE TEMP TABLE {name} (mine int)")
+        queue.enqueue("t")
+        queue.complete(queue.dequeue("w"))
+        queue.limit("other", 5)
+        queue.pause("default")
+        assert queue.check()["problems"] == []
+    assert {"pg_locks", "pg_class", "pg_trigger", "xid8", "regclass"} < used
 
 
 def test_commit_of_the_application_waits_for_the_disk_whatever_it_has_set(queue):
