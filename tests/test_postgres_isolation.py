@@ -641,6 +641,16 @@ def test_documented_grants_suffice_and_no_more_is_possible(roles):
         assert "cannot use" in str(refused.value)
 
 
+@pytest.mark.parametrize("kind", ["worker", "reader"])
+def test_role_with_the_documented_grants_finds_a_sequence_that_is_behind(roles, kind):
+    with closing(pqueue.open_queue(roles.add("owner", *documented("owner")))) as queue:
+        queue.enqueue("t")
+    roles.admin.execute("SELECT setval('pqueue.jobs_id_seq', 1, false)")
+    with closing(pqueue.open_queue(roles.add(kind, *documented(kind)))) as queue:
+        (problem,) = queue.check()["problems"]
+        assert problem.startswith("the ids of jobs continue at 1, but 1 is taken")
+
+
 def test_producer_cannot_execute_functions_with_the_rights_of_the_owner(admin, roles):
     """By a temporary type: PostgreSQL looks for types there first, unless a search_path names pg_temp."""
     with closing(pqueue.open_queue(roles.add("owner", *documented("owner")))) as queue:
