@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
@@ -287,7 +287,10 @@ class Link:
         is_shadowed = "pg_catalog" in path and not path.startswith("pg_catalog")
         if is_shadowed:
             self.driver.execute(setting({"search_path": NEEDED["search_path"]}, for_good=False))
-        yield
+        with (
+            self.driver.pipeline() if self.driver.pgconn.pipeline_status else nullcontext()
+        ):  # read each result at once
+            yield
         if is_shadowed:
             self.driver.execute(setting({"search_path": path}, for_good=False))
 

@@ -184,7 +184,8 @@ class PostgresSession(Session):
                 run = self._execute_first if self.depth else self._execute_alone
                 return run(text, values, read)
             with self._link.ours() if self.for_application else nullcontext():
-                return read(self._link.cursor.execute(text, values))
+                self._link.cursor.execute(text, values)
+            return read(self._link.cursor)
 
     def _execute_alone(self, text: bytes, values: list[Any], read: Callable[[Any], Any]) -> Any:
         self.busy = True

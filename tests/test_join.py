@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import psycopg
 import pytest
@@ -14,7 +14,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from test_postgres import database, server
 
 import pqueue
-from pqueue import QueueError
+from pqueue import LeaseLost, QueueError
+from test_pqueue import PATIENCE_SECONDS
 
 
 class Base(DeclarativeBase):
@@ -109,6 +110,42 @@ def test_connection_of_psycopg_takes_part_in_its_transaction_only(queue, databas
             assert connection.execute("SHOW synchronous_commit").fetchone() == ("on",)
         assert connection.execute("SHOW synchronous_commit").fetchone() == ("off",)
     assert queue.count_jobs() == 3
+
+
+@pytest.mark.parametrize("queue", ["postgres"], indirect=True)
+@pytest.mark.parametrize("ends", [Session.commit, lambda session: (session.commit(), session.bind.dispose())])
+def test_application_that_commits_in_the_block_wakes_consumers_and_leaves_no_transaction_open(
+    queue, engine, database, ends
+):
+    with psycopg.connect(database, autocommit=True) as other:
+        other.execute("LISTEN pqueue")
+        with Session(engine) as session, queue.join(session):
+            queue.enqueue("t")
+            ends(session)
+        (notify,) = other.notifies(timeout=PATIENCE_SECONDS, stop_after=1)
+        assert notify.payload == ""
+        open_ones = "SELECT query FROM pg_stat_activity WHERE state = 'idle in transaction'"
+        assert other.execute(open_ones).fetchall() == []
+    assert queue.count_jobs() == 1
+
+
+@pytest.mark.parametrize("queue", ["postgres"], indirect=True)
+@pytest.mark.parametrize("where", ["join", "transaction"])
+def test_lease_that_was_lost_is_noticed_in_a_pipeline_of_the_application(queue, database, where):
+    """psycopg's pipeline returns before the server has answered."""
+    queue.enqueue("t")
+    job = queue.dequeue("w")
+    queue.cancel(job.id)
+    with pytest.raises(LeaseLost), ExitStack() as undo:
+        if where == "join":
+            driver = undo.enter_context(psycopg.connect(database))
+            undo.enter_context(queue.join(driver))
+        else:
+            driver = undo.enter_context(queue.transaction()).connection.driver_connection
+        undo.enter_context(driver.pipeline())
+        assert queue.enqueue("next", key="k") == queue.enqueue("next", key="k")
+        queue.complete(job)
+    assert [each.state for each in queue.list_jobs()] == ["cancelled"]
 
 
 def test_transaction_of_two_phases_is_joined(tmp_path):

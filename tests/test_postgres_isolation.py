@@ -118,7 +118,7 @@ class Older:
     """A connection to a server before PostgreSQL 18, which does not report the search_path."""
 
     def __init__(self, driver):
-        self._driver, self.pgconn = driver, self
+        self._driver, self.pgconn, self.pipeline_status = driver, self, driver.pgconn.pipeline_status
 
     def __getattr__(self, name):
         return getattr(self._driver, name)
