@@ -83,8 +83,7 @@ RIGHTS = {
     "function": ["EXECUTE"],
 }
 TRANSACTION_SETTINGS = """
-SELECT current_setting('transaction_read_only'), current_setting('synchronous_commit'),
-    current_setting('transaction_isolation')"""
+SELECT current_setting('transaction_read_only'), current_setting('synchronous_commit')"""
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a pooler's session may have another default
 BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 # A commit fails if the server's NOTIFY queue has no room.
@@ -112,7 +111,6 @@ class PostgresSession(Session):
 
     durable = True
     for_application = False  # the transaction is the application's
-    is_snapshot = False  # it sees nothing that others commit
     seconds: float | None = None  # how long to wait for a connection; None: as long as for a lock
     _begin_with: str
     _link: Link | None = None  # from the first statement of a transaction to its end
@@ -346,22 +344,24 @@ class JoinedPostgres(Joined, PostgresSession):
         (ours,), (theirs,) = self._queue._read(SAME_DATABASE), self.run(SAME_DATABASE)
         if ours != theirs:
             raise QueueError(f"cannot join: expected a connection to {self._queue.name}, got one to another database")
-        ((read_only, synced, isolation),) = self.run(TRANSACTION_SETTINGS)
+        ((read_only, synced),) = self.run(TRANSACTION_SETTINGS)
         if read_only == "on":
             raise QueueError("cannot join: the transaction of the connection is read-only")
         if durability == "full" and synced == "off":
             self.run("SELECT set_config('synchronous_commit', 'on', true)")  # for this transaction
-        self.is_snapshot = isolation != "read committed"  # which sees no queue that another transaction creates
 
     def end(self) -> None:
-        """Let the commit of the application send NOTIFY, unless it has two phases, which allow none."""
+        """Let the commit of the application send NOTIFY, unless it has two phases, which allow none. After a commit in
+        the block, send it."""
         super().end()
         if getattr(cast(Link, self._link).driver, "_tpc", None):
             return
+        by = PostgresSession(self._queue) if self.has_ended else self  # its connection may serve others by now
+        by.finished = self.finished
         if self.wakes:
-            self.run(f"SELECT {PG_NOTIFY} {IF_ROOM}")
+            by.run(f"SELECT {PG_NOTIFY} {IF_ROOM}")
         if self.finished:
-            self._wake_waiters()
+            by._wake_waiters()
 
 
 _queues: weakref.WeakSet[OnPostgres] = weakref.WeakSet()
@@ -729,7 +729,8 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
     def _add_queue(self, session: Session, row: Params) -> int:
         """Do it in a separate transaction: until that of the application ends, other producers would wait."""
         application = self._session()
-        if application.for_application and not application.is_snapshot:
+        # With another isolation, it would not see what another transaction adds.
+        if application.for_application and application.run("SHOW transaction_isolation")[0][0] == "read committed":
             other = PostgresSession(self)
             other.seconds = BRIEFLY
             with suppress(QueueBusy):  # no other connection is available, or the application has changed the queue

@@ -530,6 +530,15 @@ def test_producer_does_not_wait_for_its_own_transaction_that_changed_the_queue(d
             producer.join()
 
 
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+def test_first_job_of_a_queue_is_stored_by_a_transaction_of_any_isolation(queue, level):
+    with queue.transaction() as db:
+        db.exec_driver_sql(f"SET TRANSACTION ISOLATION LEVEL {level}")
+        db.exec_driver_sql("SELECT 1")
+        job_id = queue.enqueue("t", queue="new")
+    assert queue.dequeue("w").id == job_id
+
+
 def test_producer_does_not_wait_for_a_second_connection_to_add_a_queue(database):
     stored = []
 
