@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from pqueue import Job, LeaseLost, PersistentQInterface, QueueError
+from pqueue import Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError
 from pqueue_files import is_stopped
 from pqueue_tasks import task_name
 from pqueue_tools import record as fields
@@ -191,7 +191,7 @@ class Leases:
         if time.monotonic() < self._prune_at:
             return
         self._prune_at = time.monotonic() + PRUNE_SECONDS
-        with suppress(QueueError):
+        with self.logging_once("not pruned", "prune"), suppress(QueueBusy):
             if self.queue.prune_kept():
                 self._prune_at = time.monotonic() + PRUNE_AGAIN_SECONDS
 

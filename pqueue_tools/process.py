@@ -81,6 +81,7 @@ def report(program: str, error: Exception) -> int:
 LEVELS = ("debug", "info", "warning", "error")
 EVENT_LEVELS = {  # of others: info
     **dict.fromkeys(("lost", "left behind", "left to its lease", "waiting", "blocked", "no watchdog"), "warning"),
+    "not pruned": "warning",
     **dict.fromkeys(("failed", "worker died"), "error"),
 }
 MAX_FIELD_CHARS = 8000

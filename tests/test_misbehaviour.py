@@ -20,6 +20,7 @@ import pytest
 from conftest import PATIENCE_SECONDS, ROOT, parent, wait_until
 
 import pqueue
+from pqueue import QueueBusy, QueueError
 from pqueue_tools import keeper, leftovers, processes
 from pqueue_tools.leases import Leases, claim_number
 from pqueue_tools.record import Record, Slot
@@ -1459,6 +1460,17 @@ def test_keeper_takes_back_no_job_of_a_later_claim(place):
     assert [queue.get(each).state for each in ids] == ["processing", "completed", "pending", "processing"]
     assert (queue.get(done.id).result, queue.get(waiting.id).attempts) == ("result", 0)
     assert queue.holds(later)
+
+
+def test_keeper_that_can_delete_no_jobs_says_why_once(capsys):
+    """As when a foreign key of the application keeps them; but others may hold the database for a moment."""
+    said = [QueueBusy("wait"), QueueError("a foreign key"), QueueError("a foreign key")]
+    leases = Leases(mock.Mock(prune_kept=mock.Mock(side_effect=said)), Record(), "w", 60)
+    for _ in said:
+        leases._prune_at = 0.0
+        leases.prune()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert 'not pruned consumer=w reason="a foreign key"' in line
 
 
 def test_keeper_reads_a_run_as_a_whole():
