@@ -261,8 +261,9 @@ class Link:
 
     def note_path(self) -> None:
         """Read the search_path of the role, which the statements of the application have."""
-        with self.driver.cursor(row_factory=psycopg.rows.tuple_row) as cursor:
-            (self.search_path,) = cursor.execute("SHOW search_path").fetchone() or ("",)
+        sql = "SELECT pg_catalog.convert_to(pg_catalog.current_setting('search_path'), 'UTF8')"  # whatever the encoding
+        with self.driver.cursor(row_factory=psycopg.rows.scalar_row) as cursor:
+            self.search_path = bytes(cursor.execute(sql).fetchone() or b"").decode()
 
     def send(self, *commands: str) -> None:
         """Execute commands in one round trip."""

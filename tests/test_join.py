@@ -12,6 +12,7 @@ import sqlalchemy
 from postgres_server import Server
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from test_postgres import database, server
+from test_postgres_isolation import let_server_be_older
 
 import pqueue
 from pqueue import LeaseLost, QueueError
@@ -195,6 +196,16 @@ def test_connection_is_joined_whatever_its_settings(queue, name):
             job_id = queue.enqueue("日本", 0.1, key="ß")
     job = queue.get(job_id)
     assert (job.task, job.payload, job.key) == ("日本", 0.1, "ß")
+
+
+@pytest.mark.parametrize("queue", ["postgres"], indirect=True)
+def test_connection_without_an_encoding_to_an_older_server_is_joined(queue, monkeypatch):
+    let_server_be_older(monkeypatch)
+    with psycopg.connect(**queue._conninfo) as connection:
+        connection.execute("SET client_encoding = SQL_ASCII")
+        with queue.join(connection):
+            job_id = queue.enqueue("日本")
+    assert queue.get(job_id).task == "日本"
 
 
 @pytest.mark.parametrize("queue", ["postgres"], indirect=True)
