@@ -668,8 +668,8 @@ class PersistentQSQLite(PersistentQInterface):
             connection.execute("PRAGMA cache_size = -16000")  # KB; three times as fast with a million rows
             if sqlite3.sqlite_version_info >= (3, 41):  # older ones would reject json_valid in a CHECK
                 connection.execute("PRAGMA trusted_schema = OFF")
-            if not FileLocks.AVAILABLE and (option := getattr(sqlite3, "SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE", None)):
-                connection.setconfig(option, True)  # type: ignore[attr-defined]  # do not write a deleted log back
+            if not FileLocks.AVAILABLE and sys.version_info >= (3, 12):
+                connection.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)  # do not write a deleted log back
             connection.execute("PRAGMA fullfsync = ON")  # as `sync_file`; has an effect on macOS only
             connection.execute("PRAGMA checkpoint_fullfsync = ON")
             undo.pop_all()

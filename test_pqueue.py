@@ -67,6 +67,9 @@ from pqueue import (
     open_queue,
 )
 
+# Python 3.15 raises what older ones print, and tests of forks beside threads mean to do that.
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+
 HERE = Path(__file__).resolve().parent
 NOW = 1_800_000_000.0
 DAY = 86400.0
