@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import date, datetime
@@ -396,10 +397,22 @@ def is_async(function: Callable[..., Any]) -> bool:
     return any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
 
 
+def read_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature. In Python 3.14, annotations may name what is defined later: they are text then."""
+    try:
+        return inspect.signature(function)
+    except NameError:
+        if sys.version_info >= (3, 14):
+            from annotationlib import Format
+
+            return inspect.signature(function, annotation_format=Format.STRING)
+        raise
+
+
 def signature(function: Callable[..., Any]) -> inspect.Signature:
     """Return the signature of a task's function. Raises ValueError if a payload cannot hold its arguments."""
     try:
-        found = inspect.signature(function)
+        found = read_signature(function)
     except (ValueError, TypeError):
         raise ValueError(f"expected a function with a signature as a task, got {short(function)}") from None
     names = list(found.parameters)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pqueue import PersistentQInterface
 
 from pqueue_cron import valid_times
-from pqueue_fields import Parameters, is_async, signature
+from pqueue_fields import Parameters, is_async, read_signature, signature
 from pqueue_values import (
     DEFAULT_MAX_ATTEMPTS,
     NO_PARAMS,
@@ -452,7 +452,7 @@ def around(hook: Hook) -> Hook:
     function of the same module and qualified name replaces it, as when the module is reloaded.
     """
     try:
-        is_hook = inspect.isgeneratorfunction(hook) and bool(inspect.signature(hook).bind(None))
+        is_hook = inspect.isgeneratorfunction(hook) and bool(read_signature(hook).bind(None))
     except TypeError:
         is_hook = False
     if not is_hook:
@@ -474,7 +474,7 @@ def metadata(function: Metadata) -> Metadata:
     module is reloaded.
     """
     try:
-        inspect.signature(function).bind()
+        read_signature(function).bind()
     except TypeError:
         raise ValueError(f"expected a function that takes no arguments, got {short(function)}") from None
     _METADATA[_qualified_name(function)] = function

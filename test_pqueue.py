@@ -8370,6 +8370,28 @@ class Tasks(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "expected max_attempts"):
             pqueue.task("other", max_attempts=0)(take)
 
+    def test_function_may_name_types_that_its_module_defines_later_or_for_checkers_only(self):
+        code = """
+import pqueue
+
+@pqueue.around
+def hook(job: Job): yield
+
+@pqueue.metadata
+def meta() -> Unknown: return {}
+
+@pqueue.task
+def year(job: Job, day: Day) -> Unknown: return day.year
+
+from datetime import date as Day
+"""
+        if sys.version_info < (3, 14):  # newer ones evaluate annotations when they are read
+            code = f"from __future__ import annotations{code}"
+        with mock.patch.dict(pqueue_tasks._METADATA, clear=True):
+            exec(code, {"__name__": "later"})  # noqa: S102
+        job = pqueue.Job(**{**dict.fromkeys(pqueue.Job._fields), "task": "year", "payload": {"day": "2024-02-29"}})
+        self.assertEqual(pqueue.run_task(mock.Mock(), job), 2024)
+
     def test_function_without_a_name_of_its_own_needs_one(self):
         for function in (lambda: 1, functools.partial(take)):
             with self.assertRaisesRegex(ValueError, r"expected a name, as in task\('NAME'\), for "):
