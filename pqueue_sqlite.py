@@ -425,7 +425,6 @@ class SQLiteSession(Session):
         else:
             # guard: a child closes inherited connections
             self.connection.close()
-        self._locks = None
         self.connection = cast(sqlite3.Connection, ClosedInFork())
 
     def __del__(self) -> None:
@@ -448,7 +447,7 @@ class ClosedInFork:
 _never_closed: set[sqlite3.Connection] = set()  # whose descriptors other code has closed
 _inherited_open: dict[Path, list[Any]] = {}  # the parent's connections that were in a transaction
 _queues: weakref.WeakSet[PersistentQSQLite] = weakref.WeakSet()
-_opening_lock = threading.RLock()  # held while files and connections are opened, so that no thread forks then
+_opening_lock = threading.RLock()  # held while files and connections are opened or closed, so that no thread forks then
 _held_for_fork: list[SQLiteSession] = []  # sessions whose `in_use` is held during a fork
 
 
@@ -603,9 +602,10 @@ class PersistentQSQLite(PersistentQInterface):
         """Refuse a database next to the log of another one, which SQLite would apply to it."""
         self._expect_log()
         with self._log_record() as (record, files):
-            known, version = os.pread(record, 40, 0), os.pread(record, 20, 40)
-            seems_replaced = known[20:] == files[20:] and known != files  # or the inode numbers were reused
-            if seems_replaced and file_size(Path(f"{self.path}-wal")) and not self._fits_log(int(version or 0)):
+            known = os.pread(record, 60, 0)
+            # Or the inode numbers were reused.
+            seems_replaced = known[20:40] == files[20:] and known[:20] != files[:20]
+            if seems_replaced and file_size(Path(f"{self.path}-wal")) and not self._fits_log(int(known[40:])):
                 raise SchemaMismatch(
                     f"cannot use {self.path}: it took the place of another database, to which the log "
                     f"{self.path}-wal belongs: stop all programs and move the log away; to replace "
@@ -627,12 +627,12 @@ class PersistentQSQLite(PersistentQInterface):
         known: the schema version when the log was recorded. A backup by VACUUM INTO has a higher one than its original.
         """
         with self.path.open("rb") as file:
-            version = int.from_bytes(file.read(44)[40:], "big")
-        try:
-            with closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)) as connection:
-                return bool(version <= known and connection.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",))
-        except sqlite3.Error:
-            return False
+            file.seek(40)
+            version = int.from_bytes(file.read(4), "big")
+        is_whole = False
+        with suppress(sqlite3.Error), closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)) as connection:
+            is_whole = connection.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",)
+        return version <= known and is_whole
 
     def _record_log(self, connection: sqlite3.Connection) -> None:
         """Record which database the log belongs to; both are open."""
@@ -646,7 +646,7 @@ class PersistentQSQLite(PersistentQInterface):
         """Open the record, and yield it with the inode numbers of the database and its log, of 20 digits each."""
         found = [status(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal")]
         with opening(self._folder), closing_file(open_private(self._folder / "files")) as record:
-            yield record, b"".join(b"%20d" % (each.st_ino if each else 0) for each in found)
+            yield record, "".join(f"{each and each.st_ino!s:>20}" for each in found).encode()
 
     def _connect(self) -> sqlite3.Connection:
         # guard: a child forked inside a transaction is refused
@@ -839,13 +839,11 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _count_new(self, session: Session) -> None:
         last, newest, until, latest = session.run(COUNTED)[0]
-        if last < newest:
+        if last != newest or until < latest:  # the newest may be lower: it was deleted, and the next gets its id
             # guard: new jobs are counted
             session.change(COUNT_NEW_JOBS)
-        if until < latest:
             # guard: completions are counted
             session.change(COUNT_NEW_COMPLETIONS)
-        if last != newest or until < latest:  # the newest may be lower: it was deleted, and the next gets its id
             # guard: a job is counted once
             session.change(SET_COUNTED, {"id": newest, "at": latest})
 
@@ -879,11 +877,10 @@ class PersistentQSQLite(PersistentQInterface):
             return not (locks := self._consumer_locks) or slot is None or locks.is_held(slot)
 
     def _publish_begun(self, me: Registration) -> bool:
-        if not (me.slot and boot_id()):
-            return False
-        with opening(self._folder):
-            me.slot.publish(me.token)
-        return True
+        if is_possible := bool(me.slot and boot_id()):
+            with opening(self._folder):
+                me.slot.publish(me.token)
+        return is_possible
 
     def _note_begun(self, job: Job) -> None:
         me = self._registry.get(job.consumer or "")
@@ -931,7 +928,6 @@ class PersistentQSQLite(PersistentQInterface):
             # guard: a connection that cannot be renewed is kept
             self._local.session = session
             raise
-        session.close()
 
     @property
     def hides_rows(self) -> bool:  # type: ignore[override]
@@ -987,13 +983,12 @@ class PersistentQSQLite(PersistentQInterface):
             raise QueueError(
                 f"cannot compact {self.path}: it was made by another program; move the queue to a new file"
             )
-        page_bytes, free, before = self._read("PRAGMA page_size")[0][0], 1, file_size(self.path)
-        while free:
+        page_bytes, before = self._read("PRAGMA page_size")[0][0], file_size(self.path)
+        while self._read("PRAGMA freelist_count") != [(0,)]:
             with self._transaction(durable=False, in_batch=True) as session:
                 session.run(f"PRAGMA incremental_vacuum({COMPACTED_PAGES})")
-                free = session.run("PRAGMA freelist_count")[0][0]
             if progress:
-                progress(free * page_bytes)
+                progress(self._read("PRAGMA freelist_count")[0][0] * page_bytes)
         self._read("PRAGMA wal_checkpoint")  # without waiting for others
         return max(0, before - file_size(self.path))
 
@@ -1013,6 +1008,7 @@ class PersistentQSQLite(PersistentQInterface):
         try:
             if file_size(target):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            is_new = not target.exists()
             make_folder(target.parent, group := group_of(self.path))
             with part_of(target, group) as part:
                 with self._transaction() as source:  # blocks other writers while the other connection reads
@@ -1024,7 +1020,7 @@ class PersistentQSQLite(PersistentQInterface):
                         copied = _copy_database(reader, copy, progress)
                         _finish_copy(copy, arrival(self._mark_moved(source, str(target), by, now)))
                     sync(part)
-                move_into_place(part, target, is_new=not target.exists())
+                move_into_place(part, target, is_new=is_new)
         except (OSError, sqlite3.Error) as error:
             raise QueueError(f"cannot move to {target}: {getattr(error, 'strerror', error)}") from error
         return copied
@@ -1125,16 +1121,13 @@ class PersistentQSQLite(PersistentQInterface):
     def _close(self) -> None:
         self._waits.close()
         self._closed = True
-        with _opening_lock:
-            _queues.discard(self)
         for me in self._registry.values():
             if me.slot:
                 me.slot.close()
-        self._registry = {}
         with _opening_lock:
-            sessions = list(self._sessions)
-        for session in sessions:
-            session.close()
+            for session in list(self._sessions):
+                session.close()
+            _queues.discard(self)
         self._local = threading.local()
         self._writer_lock.close()
         self._consumer_locks = self._result_locks = None  # the writer lock closes itself when its holder releases it

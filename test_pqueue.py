@@ -2874,7 +2874,18 @@ class QueueContract:
             raise ZeroDivisionError
         self.assertEqual(self.queue.get(job.id).state, "pending")
         with self.open() as queue:
+            queue.get(job.id)
             queue.close()
+        with self.application() as connection:
+            for use in (
+                lambda: queue.get(job.id),
+                lambda: queue.enqueue("t"),
+                lambda: queue.dequeue("w"),
+                lambda: queue.transaction().__enter__(),
+                lambda: queue.join(connection).__enter__(),
+            ):
+                with self.assertRaisesRegex(QueueError, "this queue object is closed"):
+                    use()
 
     def test_consumer_that_leaves_returns_its_jobs_and_may_come_back(self):
         self.queue.enqueue("t", now=NOW)
@@ -5976,6 +5987,10 @@ class SQLiteGuarantees(SQLiteCase):
                     call(job)
                     self.assertEqual(q._session()._synchronous, wanted)
 
+    def test_guarantee_1_database_is_synced_to_the_medium_where_the_system_can(self):
+        for pragma in ("fullfsync", "checkpoint_fullfsync"):  # on macOS
+            self.assertEqual(self.open()._read(f"PRAGMA {pragma}"), [(1,)])
+
     def test_guarantee_1_job_outlives_its_producer_killed_after_enqueue(self):
         code = (
             "import pqueue; q = pqueue.open_queue(sys.argv[1]); print(q.enqueue('t', 5), flush=True); sys.stdin.read()"
@@ -6177,13 +6192,14 @@ class Processes(SQLiteCase):
                     with self.assertRaises(QueueBusy):
                         queue.dequeue("w")
                 queue.dequeue("w")
+            return queue
 
         use()
         files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-        for _ in range(3):
-            use()
+        kept = [use() for _ in range(3)]
         wait_until(lambda: threading.active_count() <= threads)
         self.assertEqual(len(os.listdir("/proc/self/fd")), files)
+        del kept  # a queue object may outlive its end
 
     def test_stopped_consumer_is_not_taken_for_dead(self):
         queue = self.open()
@@ -6472,12 +6488,31 @@ for _ in range(20):
         self.assertEqual(os.waitpid(child, 0)[1], 0)
 
     def test_forked_child_opens_no_file_of_a_queue_that_was_closed(self):
+        def fork():
+            child = os.fork()
+            if child == 0:
+                os._exit("queue.db" in "\n".join(held()))
+            codes.append(os.waitpid(child, 0)[1])
+            forked.set()
+
+        codes, forked, close = [], threading.Event(), pqueue_sqlite.SQLiteSession.close
         queue = self.open()
+        queue.enqueue("t")
         queue.close()
-        child = os.fork()
-        if child == 0:
-            os._exit("queue.db" in "\n".join(held()))
-        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        fork()
+        forked.clear()
+        queue = self.open()
+        queue.enqueue("t")
+        with ThreadPoolExecutor(1) as thread:
+
+            def fork_meanwhile(session):
+                thread.submit(fork)
+                forked.wait(0.1)  # it waits for the end
+                close(session)
+
+            with mock.patch.object(pqueue_sqlite.SQLiteSession, "close", fork_meanwhile):
+                queue.close()
+        self.assertEqual(codes, [0, 0])
 
     def test_spawned_and_forked_consumers_share_all_jobs(self):
         queue = self.open(durability="normal")
@@ -7029,6 +7064,13 @@ class Files(SQLiteCase):
         ):
             self.open()
 
+    def test_schema_of_a_file_is_not_trusted_where_sqlite_can_do_without(self):
+        queue = self.open()
+        for version, is_trusted in (((3, 40, 1), 1), ((3, 41), 0)):
+            with self.subTest(version), mock.patch("sqlite3.sqlite_version_info", version):
+                queue.renew_connection()
+                self.assertEqual(queue._read("PRAGMA trusted_schema"), [(is_trusted,)])
+
     def test_error_of_sqlite_is_a_queue_error_with_a_reason(self):
         queue = self.open()
         for message, expected in {
@@ -7344,24 +7386,30 @@ class Files(SQLiteCase):
         self.assertLess(steps[3], 1.2 * steps[1] + 10)
 
     def test_guarantee_10_claim_takes_as_many_steps_with_many_groups(self):
-        queue, steps = self.open(durability="normal"), []
+        def count(call):
+            with queue.transaction() as db:
+                counted = itertools.count()
+                db.set_progress_handler(lambda: next(counted) and 0, 10)
+                result = call()
+                db.set_progress_handler(None, 0)
+            steps.append(next(counted))
+            return result
+
+        queue, steps, numbers = self.open(durability="normal"), [], []
         queue.limit("default", running=1)
         queue.dequeue("w")
         queue._dead_checked_at = math.inf  # which takes more steps
         for groups in (10, 2000):
             for group in range(groups):
-                queue.enqueue_many("t", range(2), group=f"{groups} {group}", priority=1)
+                queue.enqueue_many("t", range(2), group=f"{groups} {group}", priority=1, now=NOW)
+            claims = []
             for number in (1, groups - 1, 1):  # the first, the others, and one that finds all groups at their limit
-                with queue.transaction() as db:
-                    counted = itertools.count()
-                    db.set_progress_handler(lambda counted=counted: next(counted) and 0, 10)
-                    jobs = queue.dequeue_many("w", number)
-                    db.set_progress_handler(None, 0)
-                steps.append((len(jobs), next(counted)))
-        first, _, none, first_of_many, _, none_of_many = steps
-        self.assertEqual([each[0] for each in steps], [1, 9, 0, 1, 1999, 0])
-        self.assertLess(first_of_many[1], 1.2 * first[1] + 10)
-        self.assertLess(none_of_many[1], 1.2 * none[1] + 10)
+                claims.append(count(lambda number=number: queue.dequeue_many("w", number, now=NOW)))
+            count(lambda job=claims[1][0]: queue.complete_and_dequeue([(job, None)], "w", now=NOW))
+            numbers += map(len, claims)
+        self.assertEqual(numbers, [1, 9, 0, 1, 1999, 0])
+        for few, many in ((steps[0], steps[4]), (steps[2], steps[6]), (steps[3], steps[7])):
+            self.assertLess(many, 1.2 * few + 10)
 
     def test_heartbeat_takes_as_many_steps_however_many_jobs_were_enqueued_and_completed(self):
         queue, times, steps = self.open(durability="normal"), itertools.count(NOW, 0.001), []
@@ -7393,7 +7441,11 @@ class Files(SQLiteCase):
             db.execute("CREATE VIEW seen AS SELECT x FROM theirs")
             db.execute("CREATE TRIGGER spy AFTER UPDATE ON queues BEGIN INSERT INTO theirs VALUES (1); END")
             db.execute("ANALYZE")  # creates a table of SQLite's own
-        self.assertEqual(queue.other_tables(), ["seen", "spy", "theirs", "theirs_too"])
+            db.execute("PRAGMA writable_schema = 1")  # a table of a module that this process has not loaded
+            sql = "CREATE VIRTUAL TABLE found USING missing"
+            db.execute(f"INSERT INTO sqlite_master VALUES ('table', 'found', 'found', 0, '{sql}')")
+            db.execute("PRAGMA writable_schema = 0")
+        self.assertEqual(queue.other_tables(), ["found", "seen", "spy", "theirs", "theirs_too"])
         queue.begin_move(str(target))
         before = queue._read("SELECT count(*) FROM theirs")
         self.assertIsNone(queue.move_to_file(target))  # a job runs
@@ -7431,6 +7483,16 @@ class Files(SQLiteCase):
         ):
             queue.move_to_file(target)
         self.assertFalse(target.exists())
+
+    def test_queue_is_not_moved_over_a_file_that_was_made_meanwhile(self):
+        queue, target = self.open(), self.folder / "new.db"
+        queue.begin_move(str(target))
+        with (
+            mock.patch("pqueue_sqlite.sync", lambda _: target.write_text("made meanwhile")),
+            self.assertRaisesRegex(QueueError, "cannot move to .*: File exists"),
+        ):
+            queue.move_to_file(target)
+        self.assertEqual(target.read_text(), "made meanwhile")
 
     def test_index_holds_only_the_rows_it_is_for(self):
         self.open().enqueue("t")
@@ -7688,7 +7750,7 @@ os.write(log, b"z" * 400_000)
     @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_connection_that_user_code_has_closed_is_replaced_and_forgotten(self):
         queue = self.open()
-        with suppress(QueueError), queue.transaction() as connection:
+        with self.assertRaisesRegex(QueueError, "ended inside its block"), queue.transaction() as connection:
             connection.close()
         files = []
         for _ in range(4):

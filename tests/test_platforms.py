@@ -153,13 +153,6 @@ def test_file_is_synced_to_the_medium_where_the_system_can(monkeypatch, tmp_path
     assert synced == [(tmp_path.stat().st_ino, "fsync")]
 
 
-def test_database_is_synced_to_the_medium_where_the_system_can(place):
-    queue = place.queue()
-    queue.enqueue("a")
-    for pragma in ("fullfsync", "checkpoint_fullfsync"):
-        assert queue._read(f"PRAGMA {pragma}") == [(1,)]
-
-
 def test_no_program_syncs_past_the_means_of_macos():
     """Whatever syncs a file does it through `pqueue_files.sync_file`; bench/run.py measures the plain ones."""
     for path in (*ROOT.glob("*.py"), *ROOT.glob("pqueue_tools/*.py"), *ROOT.glob("bench/*.py")):
