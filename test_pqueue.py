@@ -8162,6 +8162,11 @@ class Misuse(SQLiteCase):
         with queue.transaction():
             self.assertFalse(queue.has_lent_connection)  # it cannot be renewed there
         self.assertTrue(queue.has_lent_connection)
+        with mock.patch("sqlite3.connect", side_effect=sqlite3.OperationalError("unable to open database file")):
+            with self.assertRaisesRegex(QueueError, "unable to open database file"):
+                queue.renew_connection()
+            self.assertTrue(queue.has_lent_connection)  # so that it is renewed later
+            self.assertEqual(queue.count_jobs(), 1)
         queue.renew_connection()
         self.assertFalse(queue.has_lent_connection)
 
