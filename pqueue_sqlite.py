@@ -1193,9 +1193,9 @@ def _copy_database(
 
     source.backup(copy, pages=10_000, progress=copied)
     source.text_factory = copy.text_factory = bytes  # the application may store text that is not UTF-8
-    schema = "SELECT type, name, tbl_name, rootpage, sql FROM sqlite_master"
-    tables = [row[1].decode() for row in source.execute(schema) if row[0] == b"table" and row[3]]
-    for sql in [schema, *(f"SELECT * FROM {quoted_name(table)}" for table in tables)]:
+    tables = source.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage > 0").fetchall()
+    for name in [b"sqlite_master", *(name for (name,) in tables)]:
+        sql = f"SELECT * FROM {quoted_name(name.decode())}"
         if any(one != other for one, other in zip_longest(source.execute(sql), copy.execute(sql))):
             raise QueueError(f"cannot copy: what was read back by {sql} is not what was written")
     if (damage := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != b"ok":
