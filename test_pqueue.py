@@ -7886,6 +7886,8 @@ os.write(log, b"z" * 400_000)
 
     def test_process_that_lost_its_log_does_not_write_it_back(self):
         queue = self.started()
+        queue.compact()  # writes what is in the log to the database
+        queue.enqueue_many("t", range(100))
         self.sibling("-wal").unlink()
         self.sibling("-shm").unlink()
         ids = [int(self.other("print(q.enqueue('t'))")) for _ in range(3)]
@@ -7894,6 +7896,11 @@ os.write(log, b"z" * 400_000)
         queue.close()
         self.assertEqual(self.other("print([job.id for job in q.list_jobs(limit=3)], q.check()['problems'])"),
                          f"{ids[::-1]} []")  # fmt: skip
+
+    @unittest.skipUnless(hasattr(sqlite3, "SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE"), "needs Python 3.12")
+    def test_process_without_locks_of_open_files_does_not_write_a_log_back_that_it_lost(self):
+        with mock.patch.object(pqueue_files.FileLocks, "AVAILABLE", False):  # as on macOS
+            self.test_process_that_lost_its_log_does_not_write_it_back()
 
     def test_database_that_took_the_place_of_another_is_not_opened_with_that_ones_log(self):
         queue = self.started()
