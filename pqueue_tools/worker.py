@@ -140,7 +140,6 @@ class Consumer:
         self._adding = threading.Lock()  # of results and errors to the record, by several threads
         self._waiting: deque[Job] = deque()
         self._finished: list[tuple[Job, Any]] = []
-        self._pid, self._collects = os.getpid(), gc.isenabled()
 
     @property
     def completed(self) -> int:
@@ -157,6 +156,7 @@ class Consumer:
 
         First save the schedules of the tasks. Raises ValueError for one whose task needs arguments.
         """
+        self._pid, self._collects = os.getpid(), gc.isenabled()
         tasks = [pqueue.TASKS[name] for name in self.wanted["tasks"] if name in pqueue.TASKS]
         self._retry_while_busy([], lambda: self.queue.declare_schedules(tasks))
         self._retry_while_busy([], lambda: self.queue.declare_handlers(tasks))

@@ -1785,6 +1785,19 @@ def test_consumer_in_a_thread_works_without_signals_and_stops_when_asked(place):
     assert {(job.state, job.attempts) for job in queue.list_jobs(limit=200)} == {("completed", 1)}
 
 
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_consumer_runs_in_a_child_of_the_process_that_created_it(place, concurrency):
+    queue = place.queue()
+    with registered("quick", lambda job: job.payload):
+        ids = queue.enqueue_many("quick", range(3))
+        runner = Consumer(queue, "embedded", drain=True, concurrency=concurrency)
+        if (child := os.fork()) == 0:
+            os._exit(runner.run())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == Consumer(queue, "other", drain=True).run()
+    assert [queue.get(each).consumer for each in ids] == ["embedded"] * 3
+    assert [queue.get(each).state for each in ids] == ["completed"] * 3
+
+
 @pytest.mark.parametrize("error", [SystemExit("no"), KeyboardInterrupt(), GeneratorExit(), MemoryError()])
 def test_consumer_in_a_thread_never_ends_the_application(place, error):
     queue = place.queue()
