@@ -19,6 +19,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
@@ -238,6 +239,12 @@ def test_program_that_fetches_retries_as_the_server_asks(monkeypatch):
             True,
         ]
         assert queue.get(job_id).error.startswith("DoNotRetry: http://localhost: HTTP Error 404")
+        headers = Message(), Message()
+        headers[1]["Retry-After"] = "Wed, 21 Oct 2026 07:28:00 GMT"
+        answers = [HTTPError("u", 429, "no", each, None) for each in headers]
+        monkeypatch.setitem(names, "urlopen", Mock(side_effect=answers))
+        names["fetch"].enqueue("http://localhost")
+        assert [job.state for delay in (100, 200) for job in drain(queue, now=now + delay)] == ["scheduled"] * 2
 
 
 def test_readme_is_short():
