@@ -111,11 +111,7 @@ class ConcurrentConsumer(Consumer):
         self._done: list[ActiveRun] = []  # to be completed
         self._events = SimpleQueue[Any]()  # a run that has ended; True: there may be jobs; False: look around
         self._asked = SimpleQueue[bool]()  # True: wait for jobs; False: end
-        self._is_waiting = False  # for jobs
-        self._may_find = True  # a claim may find jobs
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: threading.Thread | None = None
-        self._asked_to_close = False  # the loop
         self._set_running_loop: Callable[[Any], object] = ignore
         self._loop_settings: list[Setting] = []  # of its thread
         self._files_of_loop = set[int]()
@@ -130,6 +126,10 @@ class ConcurrentConsumer(Consumer):
     # The thread that calls `run`
 
     def _work(self) -> None:
+        self._is_waiting = False  # for jobs
+        self._may_find = True  # a claim may find jobs
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._asked_to_close = False  # the loop
         with self._helper_threads():
             while not self._has_ended():
                 self._start_alone()

@@ -129,8 +129,7 @@ class Consumer:
         claim_filter(valid_name("consumer", name), **self.wanted)
         self.options: dict[str, Any] = {**self.wanted, "lease_seconds": lease_seconds, "prefetch": True}
         self.lease_seconds, self.drain, self.max_jobs, self.max_rss = lease_seconds, drain, max_jobs, max_rss
-        seconds = float("inf") if wait == float("inf") else duration("wait", 0.0 if wait is None else wait)
-        self._wait_ends = time.monotonic() + seconds  # when draining, for what falls due before
+        self._wait_seconds = float("inf") if wait == float("inf") else duration("wait", 0.0 if wait is None else wait)
         self.is_embedded = record is None
         self.record = record or Record(concurrency)
         self._leases = leases.Leases(queue, self.record, name, lease_seconds, quiet=quiet)
@@ -157,6 +156,7 @@ class Consumer:
         First save the schedules of the tasks. Raises ValueError for one whose task needs arguments.
         """
         self._pid, self._collects = os.getpid(), gc.isenabled()
+        self._wait_ends = time.monotonic() + self._wait_seconds  # when draining, for what falls due before
         tasks = [pqueue.TASKS[name] for name in self.wanted["tasks"] if name in pqueue.TASKS]
         self._retry_while_busy([], lambda: self.queue.declare_schedules(tasks))
         self._retry_while_busy([], lambda: self.queue.declare_handlers(tasks))

@@ -1126,6 +1126,20 @@ def test_consumer_in_a_thread_runs_jobs_at_the_same_time(place):
     assert [each.name for each in threading.enumerate() if each.name.startswith("pqueue-")] == []
 
 
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_consumer_that_has_drained_its_queue_can_run_again(place, concurrency):
+    async def later(job):
+        return job.payload
+
+    queue = place.queue()
+    with registered("now", lambda job: job.payload), registered("later", later):
+        runner = Consumer(queue, "embedded", concurrency=concurrency, drain=True)
+        for _ in range(3):
+            ids = [queue.enqueue(name, 1) for name in ("now", "later")]
+            runner.run()
+            assert [queue.get(each).result for each in ids] == [1, 1]
+
+
 def test_result_or_error_that_a_thread_stores_is_not_removed_by_another(place, monkeypatch):
     queue, clear, guarded = place.queue(), fields.Record.clear_results, []
 

@@ -1838,8 +1838,8 @@ def test_consumer_needs_a_name_when_it_is_created(place):
 
 def test_consumer_accepts_durations(place):
     options = {"lease_seconds": timedelta(seconds=0.3), "wait": timedelta(0), "drain": True}
-    with registered("nap", lambda: time.sleep(0.7)):
-        job_id = place.queue().enqueue("nap")
+    with registered("rest", lambda: time.sleep(0.7)):
+        job_id = place.queue().enqueue("rest")
         assert Consumer(place.queue(), "embedded", **options).run()
     assert (place.queue().get(job_id).state, place.queue().get(job_id).attempts) == ("completed", 1)
 

@@ -306,6 +306,7 @@ def test_drain_waits_by_the_clock_of_the_queue(tasks, monkeypatch, ahead):
     with closing(tasks.queue()) as queue:
         monkeypatch.setattr(queue, "_time", lambda now: time.time() + ahead if now is None else now)
         consumer = Consumer(queue, "anna", tasks=["later"], drain=True, wait=60)
+        assert consumer.run()  # nothing is there; now the time to wait has begun
         job_id = queue.enqueue("later", delay_seconds=90)
         assert not consumer._may_fall_due()
         queue.change(job_id, delay_seconds=30)
