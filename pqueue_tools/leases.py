@@ -218,7 +218,7 @@ def limit_error(reason: int, run: Run) -> Exception:
 
 @contextmanager
 def in_thread(leases: Leases) -> Iterator[None]:
-    """Keep the leases in a second thread while the block runs."""
+    """Keep the leases in a second thread while the block runs; then unregister the consumer."""
     stopped = threading.Event()
 
     def keep() -> None:
@@ -238,3 +238,6 @@ def in_thread(leases: Leases) -> Iterator[None]:
         stopped.set()
         thread.join()
         leases.beat(at_once=True)
+        with suppress(QueueError):
+            if not leases.queue.held_jobs(leases.name):  # which would run again: it may have begun
+                leases.queue.leave(leases.name)

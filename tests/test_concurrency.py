@@ -1138,6 +1138,7 @@ def test_consumer_that_has_drained_its_queue_can_run_again(place, concurrency):
             ids = [queue.enqueue(name, 1) for name in ("now", "later")]
             runner.run()
             assert [queue.get(each).result for each in ids] == [1, 1]
+            assert {each["state"] for each in queue.consumers()} == {"stopped"}
 
 
 def test_result_or_error_that_a_thread_stores_is_not_removed_by_another(place, monkeypatch):
