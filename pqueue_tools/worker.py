@@ -789,7 +789,7 @@ def _where(missing: ModuleNotFoundError) -> str:
     package = sys.modules.get(str(missing.name).rpartition(".")[0])
     if package is None:
         return f": expected it in {os.getcwd()}, on PYTHONPATH, or installed for {sys.executable}"
-    places = [*getattr(package, "__path__", ()), getattr(package, "__file__", None)]
+    places = [*getattr(package, "__path__", ()), getattr(package, "__file__", "built in")]
     return f": {package.__name__!r} is {places[0]}"
 
 

@@ -176,6 +176,7 @@ def test_child_of_a_task_runs_no_jobs_however_it_ends(place, task, concurrency):
     [
         ("good.ok", "", "No module named 'good.ok': 'good' is {here}/good\n"),
         ("flat.ok", "", "No module named 'flat.ok'; 'flat' is not a package: 'flat' is {here}/flat.py\n"),
+        ("sys.ok", "", "No module named 'sys.ok'; 'sys' is not a package: 'sys' is built in\n"),
         ("tasks", "import good.ok", "No module named 'good.ok' (tasks.py, line 1): 'good' is {here}/good\n"),
         ("tasks", "import nosuch.ok", "No module named 'nosuch' (tasks.py, line 1): expected it in {here}, on PYTHON"),
         ("tasks", f"{FORK}\nfail(Evil())", "Evil (tasks.py, line "),
