@@ -113,7 +113,7 @@ INTERPRETERS = "_interpreters" if sys.version_info >= (3, 13) else "_xxsubinterp
 LIBRARY = logging.getLogger("a.library")
 
 def leave_policy():
-    class Policy(asyncio.DefaultEventLoopPolicy):
+    class Policy:  # whose base is deprecated in Python 3.14
         def new_event_loop(self): raise RuntimeError("no loop")
     asyncio.events._event_loop_policy = Policy()
 
