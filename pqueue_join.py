@@ -97,7 +97,10 @@ class JoinedSQLite(Joined):
 
     @property
     def has_ended(self) -> bool:
-        return not self.connection.in_transaction
+        try:
+            return not self.connection.in_transaction
+        except sqlite3.ProgrammingError:  # the application has closed it
+            return True
 
     def _wake(self) -> None:
         """Do nothing: the job or its result is not visible yet."""

@@ -268,8 +268,16 @@ class SQLiteSession(Session):
     def has_ended(self) -> bool:
         try:
             return not self.connection.in_transaction
-        except sqlite3.ProgrammingError:  # closed by another thread
+        except sqlite3.ProgrammingError:  # closed by another thread, or by user code
             return True
+
+    def was_closed(self) -> bool:
+        """Return whether user code has closed the connection."""
+        try:
+            self.connection.cursor()
+        except sqlite3.ProgrammingError:
+            return True
+        return False
 
     def insert(self, sql: str, params: Params) -> list[int]:
         is_alone = self.depth == 0
@@ -395,9 +403,7 @@ class SQLiteSession(Session):
 
     def _has_lost_files(self) -> bool:
         """Return whether other code has closed a descriptor of the connection, which is open."""
-        try:
-            self.connection.cursor()
-        except sqlite3.ProgrammingError:  # user code has closed it
+        if self.was_closed():
             return False
         return not self.files.are_open() or (self._locks is not None and self._locks.has_lost_files())
 
@@ -748,6 +754,9 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _session(self) -> SQLiteSession:
         session: SQLiteSession | None = getattr(self._local, "session", None)
+        if session is not None and not session.busy and session.was_closed():
+            session.close()
+            session = None
         if session is None:
             with _opening_lock:
                 self._open_folder()

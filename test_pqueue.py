@@ -637,6 +637,19 @@ class QueueContract:
             self.assertEqual([job.id for job in self.queue.dequeue_many("w", 9)], ids)
             self.assertEqual(self.queue.check()["problems"], [])
 
+    def test_application_that_closes_the_connection_of_a_transaction_goes_on(self):
+        for when in ("inside", "afterwards"):
+            with self.subTest(when), ExitStack() as undo:
+                if when == "inside":
+                    undo.enter_context(self.assertRaisesRegex(QueueError, "ended inside its block"))
+                with self.queue.transaction() as db:
+                    connection = db.connection.driver_connection if hasattr(db, "connection") else db
+                    self.queue.enqueue("t")
+                    if when == "inside":
+                        connection.close()
+            connection.close()
+            self.assertEqual(self.queue.count_jobs(), 0 if when == "inside" else 1)
+
     def test_job_is_deleted_when_those_after_it_have_finished(self):
         parents = self.queue.enqueue_many("t", range(2))
         children = [self.queue.enqueue("t", after=[each]) for each in parents]

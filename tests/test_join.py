@@ -82,6 +82,16 @@ def test_connection_of_sqlalchemy_that_commits_each_statement_or_is_closed_is_no
     assert queue.count_jobs() == 0
 
 
+def test_application_that_closes_its_connection_in_the_block_is_told_that_it_ended(queue, engine):
+    with engine.connect() as connection:
+        with pytest.raises(QueueError, match="cannot continue in a transaction that has ended"), queue.join(connection):
+            queue.enqueue("t")
+            connection.connection.driver_connection.close()
+            queue.enqueue("t")
+        connection.invalidate()
+    assert queue.count_jobs() == 0
+
+
 @pytest.mark.parametrize("queue", ["postgres"], indirect=True)
 def test_connection_of_psycopg_takes_part_in_its_transaction_only(queue, database):
     with closing(psycopg.connect(database, autocommit=True)) as connection:
