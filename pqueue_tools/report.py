@@ -215,7 +215,7 @@ def _unknown_tasks(
             unknown[task] = unknown.get(task, 0) + jobs
             blocked.add(name)
     for task, jobs in unknown.items():
-        text = f"task {task!r}: {count(jobs, 'job')} pending and no running consumer knows this task"
+        text = f"task {task!r}: {count(jobs, 'job')} pending and no running consumer of the queue knows this task"
         yield Finding("critical", text, _start([task]), "queues")
 
 
@@ -580,7 +580,7 @@ def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any], n
         if not alive:
             return f"no live consumer serves its queue {job.queue}"
     if not any(_knows(each, job.task) for each in alive):
-        return f"no running consumer knows this task, {job.task}: {_start([job.task])}"
+        return f"no running consumer of its queue knows this task, {job.task}: {_start([job.task])}"
     busy = sum(1 for each in alive if each["job_ids"])
     waiting = f"it is waiting: {count(stats['pending'], 'job')} pending in queue {job.queue}"
     return _why_limited(queue, job, now) or f"{waiting}, {busy} of {count(len(alive), 'consumer')} busy"

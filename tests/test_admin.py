@@ -898,7 +898,7 @@ def test_doctor_reports_a_cause_without_what_follows_from_it(queue):
     queue.dequeue("w", queues=["b"], tasks=["u"])
     assert found() == [
         "queue 'a': 2 jobs pending and no live consumer serves it; the oldest has waited for 1 h",
-        "task 't': 2 jobs pending and no running consumer knows this task",
+        "task 't': 2 jobs pending and no running consumer of the queue knows this task",
     ]
     for each in queue.list_jobs(queue="a"):
         queue.cancel(each.id)

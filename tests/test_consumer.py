@@ -216,10 +216,10 @@ def test_jobs_of_a_new_task_wait_for_the_first_consumer_that_knows_it(tasks):
     quick = queue.enqueue("quick")
     wait_until(lambda: queue.get(quick).state == "completed")
     assert {(job.state, job.attempts) for job in queue.list_jobs(task="new", limit=2000)} == {("pending", 0)}
-    assert "no running consumer knows this task, new" in report.why(queue, ids[0])
+    assert "no running consumer of its queue knows this task, new" in report.why(queue, ids[0])
     found = [str(each) for each in report.findings(queue) if "knows this task" in str(each)]
     assert len(found) == 1
-    assert found[0].startswith("task 'new': 1,000 jobs pending and no running consumer knows this task")
+    assert found[0].startswith("task 'new': 1,000 jobs pending and no running consumer of the queue knows this task")
     tasks.start("consumer.py", "--import", "new_tasks", "--name", "new")
     wait_until(lambda: queue.count_jobs(task="new", state="completed") == 1000)
     assert {(job.consumer, job.attempts) for job in queue.list_jobs(task="new", limit=2000)} == {("new", 1)}
