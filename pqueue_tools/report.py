@@ -535,7 +535,7 @@ def _why_finished(job: Job, now: float) -> str:
         expired = f": {first_line(job.error)}" if (job.error or "").startswith(EXPIRED) else ""
         return f"it was cancelled {when}{expired}; resubmit it to run it"
     most = "no attempt" if job.max_attempts is None else f"{job.attempts} of {count(job.max_attempts, 'attempt')}"
-    again = "when that one is resubmitted, this one waits again" if job.waits_for else "resubmit it to try again"
+    again = "it waits again when its parents are resubmitted" if job.waits_for else "resubmit it to try again"
     return f"it failed permanently {when}, after {most}: {first_line(job.error)}; {again}"
 
 

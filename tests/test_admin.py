@@ -743,7 +743,7 @@ def test_operator_is_not_told_to_resubmit_a_job_without_the_one_that_it_runs_aft
     child = queue.enqueue("t", after=[parent])
     queue.cancel(parent)
     found = report.why(queue, child)
-    assert found.endswith(": job 1 was cancelled; when that one is resubmitted, this one waits again"), found
+    assert found.endswith(": job 1 was cancelled; it waits again when its parents are resubmitted"), found
 
 
 def test_operator_enqueues_after_other_jobs_and_sees_for_which_a_job_waits(front, queue, run):
