@@ -4787,7 +4787,8 @@ class QueueContract:
         for parent in ids[:110:7]:
             queue.enqueue("u", queue="other", after=[parent], now=0)
         for turn, number in enumerate((1, 40, 12, 33, 5, 31, 1, 60, 12, 90, 9, 1, 40, 12, 8)):
-            at = NOW + 20 * turn - (200 if number == 12 else choice.choice((0, 0, 0, 10, 45, 100)))
+            if number != 9:  # which are completed at the same time as those before them
+                at = NOW + 20 * turn - (200 if number == 12 else choice.choice((0, 0, 0, 10, 45, 100)))
             jobs = queue.dequeue_many("w", number, queues=["default"], now=at)
             if number > 8:
                 queue.complete_and_dequeue([(job, None) for job in jobs], "w", 0, now=at)
@@ -5265,11 +5266,15 @@ class QueueContract:
                 self.assertEqual(woken_up, [True])
 
     def test_waiting_consumer_sleeps_on_when_others_find_nothing(self):
+        def find_nothing():
+            other.dequeue("other")
+            other.enqueue("t", key="k")
+
         self.queue.pause("default")
-        self.queue.enqueue("t")
+        self.queue.enqueue("t", key="k")
         other = self.reopen()
-        other.dequeue("other")
-        thread = threading.Timer(0.05, other.dequeue, ["other"])
+        find_nothing()
+        thread = threading.Timer(0.05, find_nothing)
         thread.start()
         self.addCleanup(thread.join)
         self.assertFalse(self.queue.wait(0.2, consumer="w"))
