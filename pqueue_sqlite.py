@@ -1136,7 +1136,8 @@ class PersistentQSQLite(PersistentQInterface):
         with _opening_lock:
             for session in list(self._sessions):
                 session.close()
-            _queues.discard(self)
+            if not self._sessions:  # otherwise a thread is inside a call, for which a fork must wait
+                _queues.discard(self)
         self._local = threading.local()
         self._writer_lock.close()
         self._consumer_locks = self._result_locks = None  # the writer lock closes itself when its holder releases it

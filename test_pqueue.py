@@ -6258,33 +6258,35 @@ class Processes(SQLiteCase):
             self.assertEqual(os.waitpid(child, 0)[1], 0)
 
     def test_child_forked_while_another_thread_is_in_a_transaction_leaves_it_whole(self):
-        queue = self.open()
-        begun, forked = threading.Event(), threading.Event()
-
         def act():
             with queue.transaction():
                 queue.enqueue("t")
                 begun.set()
                 forked.wait(PATIENCE_SECONDS)
 
-        with ThreadPoolExecutor(1) as pool, mock.patch.object(pqueue_sqlite, "BUSY_SECONDS", 0.01):
-            done = pool.submit(act)
-            self.assertTrue(begun.wait(PATIENCE_SECONDS))
-            child = os.fork()
-            if child == 0:
-                code = 1
+        kept = self.open()
+        for is_closed in (False, True):  # meanwhile
+            queue, begun, forked = self.open(), threading.Event(), threading.Event()
+            with ThreadPoolExecutor(1) as pool, mock.patch.object(pqueue_sqlite, "BUSY_SECONDS", 0.01):
+                done = pool.submit(act)
+                self.assertTrue(begun.wait(PATIENCE_SECONDS))
+                if is_closed:
+                    queue.close()
+                child = os.fork()
+                if child == 0:
+                    code = 1
+                    try:
+                        kept.enqueue("never")
+                    except QueueError as error:
+                        code = 0 if "forked inside a transaction" in str(error) else 2
+                    os._exit(code)
                 try:
-                    queue.enqueue("never")
-                except QueueError as error:
-                    code = 0 if "forked inside a transaction" in str(error) else 2
-                os._exit(code)
-            try:
-                self.assertEqual(os.waitpid(child, 0)[1], 0)
-            finally:
-                forked.set()
-            done.result()
-        self.assertEqual([job.task for job in queue.list_jobs()], ["t"])
-        self.assertEqual(queue.check()["problems"], [])
+                    self.assertEqual(os.waitpid(child, 0)[1], 0)
+                finally:
+                    forked.set()
+                self.assertEqual(type(done.exception()), QueueError if is_closed else type(None))
+            self.assertEqual([job.task for job in kept.list_jobs()], ["t"])
+        self.assertEqual(kept.check()["problems"], [])
 
     def test_child_forked_inside_a_transaction_gets_no_queue(self):
         queue = self.open()
