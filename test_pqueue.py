@@ -7287,15 +7287,18 @@ class Files(SQLiteCase):
             "the write-ahead log has grown to [0-9]+ MB: some program holds a read open": mock.patch(
                 "pqueue_sqlite.WAL_BYTES", log_bytes // 2 - 1
             ),
-            "the disk has only [0-9]+ MB left: free some, before writes fail": mock.patch(
-                "pqueue_sqlite.LEAST_FREE_BYTES", 2**70
+            "the disk has only 268 MB left: free some, before writes fail": mock.patch(
+                "shutil.disk_usage", return_value=mock.Mock(free=2**28 - 1)
             ),
         }
         for sentence, cause in cases.items():
             with self.subTest(sentence), cause:
                 (problem,) = queue.check()["problems"]
                 self.assertRegex(problem, f"^{sentence}$")
-        with mock.patch("pqueue_sqlite.WAL_BYTES", log_bytes // 2):
+        with (
+            mock.patch("pqueue_sqlite.WAL_BYTES", log_bytes // 2),
+            mock.patch("shutil.disk_usage", return_value=mock.Mock(free=2**28)),
+        ):
             self.assertEqual(queue.check()["problems"], [])
         self.path.chmod(0o604)
         self.assertEqual(
