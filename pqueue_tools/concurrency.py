@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pqueue_tools.leftovers import Setting
 
 import pqueue
-from pqueue import Job, PersistentQInterface, QueueError
+from pqueue import Job, PersistentQInterface, QueueError, Snooze
 from pqueue_tasks import call_task
 from pqueue_tools import record as fields
 from pqueue_tools.leases import claim_number
@@ -42,6 +42,7 @@ LOOK_SECONDS = 0.1  # how often an idle consumer looks for what tasks have left 
 BUSY_SECONDS = 60.0  # after which a consumer that is never idle takes no jobs for a while, to look for that as well
 BUSY_SHARE = 0.1  # of the time since the last look: the longest such pause
 START_SECONDS = 10.0  # how long a new thread may take to begin
+RETRY_SECONDS = 1.0  # before an application tries again to start a job for which there was no thread
 CLOSE_SECONDS = 1.0  # how long asyncio tasks that were left behind may take to end
 GREENLETS = ("gevent", "eventlet")  # packages that can replace threads by others that only take turns
 LOST_ITS_WORKER = re.compile("WorkerDied: |consumer ")  # the error of such a job
@@ -224,13 +225,13 @@ class ConcurrentConsumer(Consumer):
         self._wake_keeper()
 
     def _fail_to_start(self, run: ActiveRun, error: RuntimeError) -> None:
-        """Return a job for which there is no thread, and replace the process; in an application, fail its attempt."""
+        """Return a job for which there is no thread, and replace the process; in an application, try again later."""
         with run.lock:
             if run.thread:  # it has begun after all
                 return
             run.is_over = True
         if self.is_embedded:
-            run.fail(error)
+            run.fail(Snooze(RETRY_SECONDS, str(error)))
             self._events.put(run)
             return
         self._must_end = True

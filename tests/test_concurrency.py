@@ -1157,7 +1157,7 @@ def test_result_or_error_that_a_thread_stores_is_not_removed_by_another(place, m
     assert set(guarded) == {True}
 
 
-def test_async_job_for_whose_loop_the_system_has_no_thread_runs_at_its_next_attempt(place, monkeypatch):
+def test_async_job_for_whose_loop_the_system_has_no_thread_runs_later_and_loses_no_attempt(place, monkeypatch):
     queue, start, refused = place.queue(), threading.Thread.start, []
 
     def refuse_once(thread):
@@ -1170,16 +1170,16 @@ def test_async_job_for_whose_loop_the_system_has_no_thread_runs_at_its_next_atte
         return job.payload
 
     monkeypatch.setattr(threading.Thread, "start", refuse_once)
-    monkeypatch.setattr(pqueue.Task, "retry_in_seconds", lambda *_: 0.0)
+    monkeypatch.setattr("pqueue_tools.concurrency.RETRY_SECONDS", 0.0)
     with registered("later", later):
         runner = Consumer(queue, "embedded", concurrency=2, drain=True, wait=60)
         job_id = queue.enqueue("later", 1)
         runner.run()
     job = queue.get(job_id)
-    assert (job.state, job.attempts, len(refused)) == ("completed", 2, 1)
+    assert (job.state, job.attempts, len(refused)) == ("completed", 1, 1)
 
 
-def test_job_whose_thread_has_no_memory_to_begin_runs_at_its_next_attempt(place, monkeypatch):
+def test_job_whose_thread_has_no_memory_to_begin_runs_later_and_loses_no_attempt(place, monkeypatch):
     queue, begin, refused = place.queue(), threading.Thread._bootstrap, []
 
     def end_once(thread):
@@ -1191,7 +1191,7 @@ def test_job_whose_thread_has_no_memory_to_begin_runs_at_its_next_attempt(place,
 
     monkeypatch.setattr("pqueue_tools.concurrency.START_SECONDS", 2.0)
     monkeypatch.setattr(threading.Thread, "_bootstrap", end_once)
-    monkeypatch.setattr(pqueue.Task, "retry_in_seconds", lambda *_: 0.0)
+    monkeypatch.setattr("pqueue_tools.concurrency.RETRY_SECONDS", 0.0)
     with registered("now", lambda job: job.payload):
         runner = Consumer(queue, "embedded", concurrency=2, drain=True, wait=60)
         job_id = queue.enqueue("now", 1)
@@ -1201,4 +1201,4 @@ def test_job_whose_thread_has_no_memory_to_begin_runs_at_its_next_attempt(place,
         assert not thread.is_alive()
     threading._limbo.clear()  # where it would stay
     job = queue.get(job_id)
-    assert (job.state, job.attempts, len(refused)) == ("completed", 2, 1)
+    assert (job.state, job.attempts, len(refused)) == ("completed", 1, 1)
