@@ -334,7 +334,11 @@ class Consumer:
         encoded: Encoded | None = None
         try:
             try:
-                self.queue.begin(job)
+                try:
+                    self.queue.begin(job)
+                except LeaseLost:  # the computer has slept since the job was taken
+                    self._release(job)
+                    return
                 started = self._slot.begin(job.id, claim, *limits)
                 self._wake_keeper()
                 if self.task_log:

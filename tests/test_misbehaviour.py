@@ -1785,6 +1785,23 @@ def test_consumer_in_a_thread_works_without_signals_and_stops_when_asked(place):
     assert {(job.state, job.attempts) for job in queue.list_jobs(limit=200)} == {("completed", 1)}
 
 
+def test_job_whose_lease_has_expired_before_it_begins_loses_no_attempt(place, monkeypatch):
+    queue, ahead = place.queue(), []
+    take = queue.complete_and_dequeue
+
+    def take_and_sleep(*arguments, **options):
+        found = take(*arguments, **options)
+        ahead.extend([3600.0] if found[0] and not ahead else [])
+        return found
+
+    monkeypatch.setattr(queue, "_time", lambda now: time.time() + sum(ahead) if now is None else now)
+    monkeypatch.setattr(queue, "complete_and_dequeue", take_and_sleep)
+    with registered("quick", lambda job: job.payload):
+        job_id = queue.enqueue("quick", max_attempts=1)
+        Consumer(queue, "embedded", drain=True).run()
+    assert (ahead, queue.get(job_id).state, queue.get(job_id).attempts) == ([3600.0], "completed", 1)
+
+
 @pytest.mark.parametrize("concurrency", [1, 2])
 def test_consumer_runs_in_a_child_of_the_process_that_created_it(place, concurrency):
     queue = place.queue()
