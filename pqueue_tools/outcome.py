@@ -71,7 +71,7 @@ def delay_after(task: pqueue.Task[..., Any], attempts: int) -> float:
     """Return the delay after this many attempts; if the user's function for it fails, log that, and use the default."""
     try:
         return task.retry_in_seconds(attempts)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         with _reporting:
             _report_backoff(task.name, summary(error))
         return pqueue.backoff_seconds(attempts, cap_seconds=task.max_backoff_seconds)

@@ -211,7 +211,11 @@ def test_error_has_its_cause_and_no_frames_of_pqueue(tasks):
 
 
 BACKOFF = """
+import sys
 from pqueue import task
+
+@task(backoff=lambda attempts: sys.exit("no"))
+def leaving(job): raise ConnectionError("down")
 
 @task(backoff=lambda attempts: attempts / 0)
 def broken(job): raise ConnectionError("down")
@@ -225,7 +229,7 @@ async def wrong(job): raise ConnectionError("down")
 def test_backoff_of_a_user_that_fails_is_logged_and_the_default_delay_applies(tasks, concurrency):
     tasks.write("more.py", BACKOFF)
     with closing(tasks.queue()) as queue:
-        ids = [*queue.enqueue_many("broken", [None] * 3), queue.enqueue("wrong")]
+        ids = [*queue.enqueue_many("broken", [None] * 3), queue.enqueue("wrong"), queue.enqueue("leaving")]
         done = tasks.run("consumer.py", "--import", "more", "--drain", "--name", "w", "--concurrency", concurrency)
         jobs = list(map(queue.get, ids))
     assert (done.returncode, {(job.state, job.error.splitlines()[0]) for job in jobs}) == (
@@ -236,6 +240,7 @@ def test_backoff_of_a_user_that_fails_is_logged_and_the_default_delay_applies(ta
     expected = "ValueError: expected backoff to be a finite number of seconds"
     assert len(re.findall('log .*"backoff of task broken raised ZeroDivisionError: .*level=warning', done.stdout)) == 1
     assert re.search(f'log .*"backoff of task wrong raised {expected}, .*level=warning', done.stdout)
+    assert re.search('log .*"backoff of task leaving raised SystemExit: no; .*level=warning', done.stdout)
 
 
 def test_failing_backoff_is_logged_once_by_two_threads(monkeypatch):
