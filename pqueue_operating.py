@@ -150,7 +150,8 @@ class Operating(Grouping, Depending, Counting):
     def exclusive(self, job_ids: Sequence[int] | None = None) -> Iterator[None]:
         """Open a transaction that locks these jobs (None: all jobs, and enqueueing).
 
-        What is read in the block stays true until its end. Keep it short: it blocks other writers.
+        What is read in the block stays true until its end. Keep it short: it blocks other writers. On PostgreSQL,
+        `transaction` may be opened around it, but not inside.
         """
         session = self._transaction()
         with session.user_transaction():

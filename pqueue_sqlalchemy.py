@@ -944,6 +944,8 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
     def transaction(self) -> Iterator[sqlalchemy.Connection]:
         session = self._transaction()
         is_outermost = session.depth == 0
+        if not is_outermost and not session.for_application:  # its connection may be the one that listens
+            raise QueueError("cannot open a transaction inside exclusive(): open it around that")
         session.for_application = True
         with session.user_transaction():
             if is_outermost:

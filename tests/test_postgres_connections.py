@@ -236,6 +236,19 @@ def test_application_that_closes_the_connection_of_its_transaction_is_told_so(qu
     assert queue.count_jobs() == 0
 
 
+def test_transaction_inside_exclusive_takes_no_lock_from_a_consumer(queue):
+    """The connection is perhaps the one that holds it, and the end of a transaction undoes what is set there."""
+    queue.enqueue("t")
+    job = queue.dequeue("w")
+    with pytest.raises(QueueError, match="inside exclusive"), queue.exclusive([job.id]), queue.transaction():
+        pass
+    assert len(queue._read(pqueue_postgres.LOCKED_SLOTS)) == 1
+    with queue.transaction() as db, queue.exclusive([job.id]), queue.transaction() as inner:
+        assert inner is db
+        queue.complete(job)
+    assert queue.get(job.id).state == "completed"
+
+
 def test_transaction_reads_rows_of_the_usual_kind_though_the_one_before_chose_another(queue):
     for _ in range(2):
         with queue.transaction() as db:
