@@ -161,12 +161,16 @@ def _in_place_of(queue: PersistentQInterface, mine: PersistentQInterface) -> Ite
 
 def _run(mine: PersistentQInterface, job: Job) -> tuple[BaseException | None, Any]:
     """Run the task; return its exception and its result."""
+    pid = os.getpid()
     try:
         with redirect_stdout(sys.stderr):
-            return None, copy_context().run(pqueue.run_task, mine, job)
+            result = copy_context().run(pqueue.run_task, mine, job)
+        worker.end_child(pid)
+        return None, result
     except KeyboardInterrupt:
         raise
     except BaseException as error:
+        worker.end_child(pid)
         if type(error) is SystemExit and error.code in [128 + number for number in termination.SIGNALS]:
             raise
         return error, None

@@ -511,20 +511,7 @@ class Consumer:
         os._exit(1)
 
     def _end_child(self) -> None:
-        """Exit if this is a child that the task forked: it must neither complete the job nor run others."""
-        if os.getpid() == self._pid:
-            return
-        error: Any = sys.exc_info()[1]
-        code = 1
-        try:
-            found = error.code if issubclass(type(error), SystemExit) else error
-            is_error = found is not None and not issubclass(type(found), int)
-            code = 1 if is_error else int(found or 0) & 0xFF
-            if is_error:
-                print(masked_text(error_text(error).partition("\n")[2]), file=sys.stderr)
-            sys.stdout.flush()
-        finally:  # also if this raises, as it uses what is the task's
-            os._exit(code)
+        end_child(self._pid)
 
     # Completing
 
@@ -585,6 +572,23 @@ def _other_transactions() -> bool:
             if issubclass(type(each), sqlite3.Connection) and each.in_transaction:
                 return True
     return False
+
+
+def end_child(parent: int) -> None:
+    """Exit if this is a child that the task forked: it must neither complete the job nor run others."""
+    if os.getpid() == parent:
+        return
+    error: Any = sys.exc_info()[1]
+    code = 1
+    try:
+        found = error.code if issubclass(type(error), SystemExit) else error
+        is_error = found is not None and not issubclass(type(found), int)
+        code = 1 if is_error else int(found or 0) & 0xFF
+        if is_error:
+            print(masked_text(error_text(error).partition("\n")[2]), file=sys.stderr)
+        sys.stdout.flush()
+    finally:  # also if this raises, as it uses what is the task's
+        os._exit(code)
 
 
 # The process ##########################################################################################################

@@ -16,7 +16,7 @@ import pqueue
 from pqueue_tools import replay as replay_tool
 
 TASKS = """
-import asyncio, logging, sys, threading, time
+import asyncio, logging, os, sys, threading, time
 from pathlib import Path
 from pqueue import DoNotRetry, Job, Snooze, current_queue, open_queue, task
 
@@ -81,6 +81,12 @@ class Evil(Exception):
 @task
 def evil():
     raise Evil
+
+@task
+def fork(how: str) -> int:
+    if (child := os.fork()) == 0:
+        return sys.exit(3) if how == "exit" else 5
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 @task
 def threaded() -> str:
@@ -307,6 +313,12 @@ def test_replay_reports_an_error_whose_own_code_raises_another(queue, replay):
     assert "would be scheduled, and run again" in done.stdout
     assert "Evil: " in done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("how", "code"), [("return", 0), ("exit", 3)])
+def test_replay_ends_a_child_of_the_task(queue, replay, how, code):
+    done = replay(failed(queue, "fork", {"how": how}), "--import", "tasks", "-o", "json")
+    assert (done.returncode, json.loads(done.stdout)["result"]) == (0, code), done.stderr
 
 
 def test_replay_without_typer_shows_only_the_error_of_the_task(queue, place, url):
