@@ -257,12 +257,15 @@ EVENTS_HERE = f"""queue IN (SELECT name FROM queues q WHERE q.paused = 0 AND {AM
 
 # Nobody has changed or locked this row since the statement began. To lock a job that was leased since then would delay
 # its completion. xmax is the lower half of the number of the transaction that did so last, or 0; but if several have
-# locked the row together, it is the number of their group, and this may be wrong. So CLAIM, which a consumer executes
+# locked the row together, it is the number of their group. A number that is much higher than the next transaction's is
+# one of these; if another is taken for that of a transaction, this may be wrong. So CLAIM, which a consumer executes
 # once a second, does without it.
+MUCH_HIGHER = 10_000  # more than the transactions that begin during a claim
 _NEXT = "(SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint))"
 _AGO = f"(({_NEXT} - CAST(CAST(jobs.xmax AS text) AS bigint)) & 4294967295)"
-UNTOUCHED = f"""CASE WHEN jobs.xmax = '0' THEN true ELSE {_AGO} BETWEEN 1 AND 2147483647
-    AND pg_visible_in_snapshot(CAST(CAST({_NEXT} - {_AGO} AS text) AS xid8), (SELECT pg_current_snapshot())) END AND"""
+UNTOUCHED = f"""CASE WHEN jobs.xmax = '0' THEN true WHEN {_AGO} BETWEEN 1 AND 2147483647 THEN
+    pg_visible_in_snapshot(CAST(CAST({_NEXT} - {_AGO} AS text) AS xid8), (SELECT pg_current_snapshot()))
+    ELSE {_AGO} < {2**32 - MUCH_HIGHER} AND {_AGO} > 0 END AND"""
 
 
 def _heads(number: int) -> str:

@@ -1071,6 +1071,17 @@ def test_check_finds_that_its_role_gets_no_more_connections(tmp_path):
         assert queue.check(thorough=False)["problems"] == [problem]
 
 
+@pytest.mark.parametrize(
+    ("higher", "is_untouched"),
+    [(None, True), (-1, True), (0, False), (9_000, False), (11_000, True), (2**31 - 1, True)],
+)
+def test_claim_takes_a_much_higher_number_than_its_own_for_one_of_several_lockers(queue, higher, is_untouched):
+    """The numbers of groups of transactions that have locked a row together are counted separately."""
+    number = "0" if higher is None else f"{pqueue_postgres._NEXT} + {higher}"
+    row = f"(SELECT CAST(CAST({number} AS text) AS xid) AS xmax) jobs"
+    assert queue._read(f"SELECT {pqueue_postgres.UNTOUCHED} true FROM {row}") == [(is_untouched,)]
+
+
 def test_check_accepts_an_index_that_is_being_built(queue, database):  # noqa: F811
     building = "SELECT count(*) FROM pg_stat_progress_create_index WHERE datname = current_database()"
     with psycopg.connect(database) as other, ThreadPoolExecutor(1) as pool:
