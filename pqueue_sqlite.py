@@ -403,9 +403,8 @@ class SQLiteSession(Session):
 
     def _has_lost_files(self) -> bool:
         """Return whether other code has closed a descriptor of the connection, which is open."""
-        if self.was_closed():
-            return False
-        return not self.files.are_open() or (self._locks is not None and self._locks.has_lost_files())
+        has_lost_lock = self._locks is not None and self._locks.has_lost_files()
+        return not self.was_closed() and (has_lost_lock or not self.files.are_open())
 
     def _expect_open(self) -> None:
         if self._closed:

@@ -5819,6 +5819,12 @@ class SQLiteContract(QueueContract, SQLiteCase):
         self.reopen().dequeue_many("other", 0, now=NOW + 61)
         self.assertEqual([self.queue.get(job.id).attempts for job in (first, second)], [1, 0])
 
+    def test_job_that_was_not_prefetched_may_be_begun_by_its_consumer_and_any_process(self):
+        job = self.taken()
+        for queue in (self.queue, self.reopen()):
+            queue.begin(job, now=NOW)
+        self.assertEqual(self.queue.get(job.id), job)
+
     def test_job_is_not_begun_when_its_lease_is_over(self):
         self.queue.enqueue("t", now=NOW)
         (job,) = self.queue.dequeue_many("w", 5, prefetch=True, lease_seconds=60, now=NOW)
