@@ -1135,11 +1135,11 @@ class PersistentQSQLite(PersistentQInterface):
         with _opening_lock:
             for session in list(self._sessions):
                 session.close()
+            self._writer_lock.close()  # or by itself when its holder releases it
+            self._consumer_locks = self._result_locks = None
             if not self._sessions:  # otherwise a thread is inside a call, for which a fork must wait
                 _queues.discard(self)
         self._local = threading.local()
-        self._writer_lock.close()
-        self._consumer_locks = self._result_locks = None  # the writer lock closes itself when its holder releases it
 
     @staticmethod
     def _before_fork() -> None:
