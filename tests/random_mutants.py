@@ -422,7 +422,7 @@ def main() -> int:
             folders.put(folder)
 
     with tempfile.TemporaryDirectory(prefix="pq", dir=memory()) as place, ThreadPoolExecutor(options.workers) as pool:
-        ignored = shutil.ignore_patterns(".*", "var", "docs", "*.egg-info", "__pycache__")
+        ignored = shutil.ignore_patterns(".*", "var", "*.egg-info", "__pycache__")
         first = shutil.copytree(ROOT, Path(place) / "0", ignore=ignored)
         record = recorded(first, texts, suite)
         folders.put(first)
