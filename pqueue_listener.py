@@ -72,7 +72,6 @@ class ListenConnection:
     def start(self) -> None:
         if not self._queue.pooled:
             self._link = self._connect()
-            self._link.driver.execute("SELECT 1")  # the server sends pending notifications before its answer
         if self.gets_notify:
             self._serve()
             self.keep_listening()
