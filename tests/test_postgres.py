@@ -1177,6 +1177,10 @@ def end_session(queue, pid):
     queue._read("SELECT pg_terminate_backend(CAST(:pid AS integer))", {"pid": pid})
 
 
+def locked_slots(queue):
+    return {row[0] for row in queue._read(pqueue_postgres.LOCKED_SLOTS)}
+
+
 def look(queue):
     """Dequeue in a moment at which it looks for the dead."""
     queue._dead_checked_at = queue._liveness_at = -math.inf
@@ -1221,6 +1225,19 @@ def test_consumer_whose_session_is_ended_connects_again_at_once(consumers, monke
     wait_until(lambda: queue._listener._link and listener_pid(queue) != before)
 
 
+def test_consumer_that_leaves_releases_its_lock_for_good(consumers):
+    queue, other = consumers
+    for name in ("anna", "berta"):
+        queue.heartbeat(name)
+    queue.leave("anna")
+    held = {queue._registry["berta"].slot.number, other._registry["heir"].slot.number}
+    assert locked_slots(other) == held
+    before = listener_pid(queue)
+    end_session(other, before)
+    wait_until(lambda: queue._listener._link and listener_pid(queue) != before)
+    assert locked_slots(other) == held
+
+
 def test_consumer_whose_lock_stays_away_is_dead_after_the_grace(consumers):
     queue, other = consumers
     job = queue.dequeue("anna")
@@ -1259,7 +1276,7 @@ def test_listener_that_fails_for_whatever_reason_is_there_again(consumers, caplo
     queue._listener._thread.join(0.1)
     assert queue._listener._thread.is_alive()
     slot = queue._registry["anna"].slot.number
-    wait_until(lambda: slot in {row[0] for row in other._read(pqueue_postgres.LOCKED_SLOTS)})
+    wait_until(lambda: slot in locked_slots(other))
     job = other.enqueue("t", queue="woken")
     assert wait_until(lambda: queue.wait(1, consumer="anna"))
     assert job
@@ -1285,7 +1302,7 @@ def test_consumer_that_begins_while_the_line_connects_has_its_lock(consumers):
         begun[0].join()
     slots = {me.slot.number for me in queue._registry.values()}
     assert len(slots) == 2
-    wait_until(lambda: slots <= {row[0] for row in other._read(pqueue_postgres.LOCKED_SLOTS)})
+    wait_until(lambda: slots <= locked_slots(other))
 
 
 def test_copy_of_the_database_on_the_same_server_has_its_own_consumers(database, server, monkeypatch):
