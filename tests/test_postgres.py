@@ -1070,6 +1070,7 @@ def test_consumer_for_whose_listener_the_system_has_no_thread_can_try_again(data
         with monkeypatch.context() as patch, pytest.raises(QueueBusy, match="cannot listen to .*: can't start new th"):
             patch.setattr(pqueue_listener.threading.Thread, "start", refuse)
             queue.dequeue("c")
+        assert queue.get(job_id).state == "pending"
         assert queue.dequeue("c").id == job_id
 
 
