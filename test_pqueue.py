@@ -3265,6 +3265,19 @@ class QueueContract:
         self.queue.limit("default", None)
         self.queue.enqueue("t", 4)
 
+    def test_queue_is_not_full_because_another_one_is(self):
+        for name in ("default", "other"):
+            self.queue.limit(name, 3)
+        for job_id in self.queue.enqueue_many("t", range(3), queue="other", delay_seconds=60):
+            self.queue.run_now(job_id)
+        self.queue.enqueue("t")
+        self.queue.enqueue("t", key="k")
+        with self.queue.transaction():
+            self.queue.enqueue("t")
+        for name in ("default", "other"):
+            with self.assertRaisesRegex(QueueFull, f"queue '{name}' is at its limit of 3 pending jobs"):
+                self.queue.enqueue("t", queue=name)
+
     def test_finished_job_of_a_full_queue_is_not_resubmitted(self):
         finished, _ = self.queue.enqueue_many("t", range(2))
         self.queue.cancel(finished)
