@@ -1662,6 +1662,28 @@ def test_queue_that_is_closed_in_a_transaction_undoes_it_and_returns_its_jobs(da
     other.close()
 
 
+def test_queue_that_is_closed_while_a_thread_has_locked_its_job_returns_it(database):
+    queue, other = PersistentQSQLAlchemy(database, busy_seconds=0.2), PersistentQSQLAlchemy(database)
+    queue.enqueue("t")
+    job = queue.dequeue("anna")
+    locked, closed = threading.Event(), threading.Event()
+
+    def work():
+        with pytest.raises(QueueError), queue.transaction():
+            queue.complete(job)
+            locked.set()
+            closed.wait(PATIENCE_SECONDS)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    locked.wait(PATIENCE_SECONDS)
+    queue.close()
+    assert (other.get(job.id).state, other.get(job.id).attempts) == ("pending", 0)
+    closed.set()
+    thread.join()
+    other.close()
+
+
 # Limits
 
 
