@@ -1016,20 +1016,6 @@ def test_child_of_a_shared_consumer_holds_its_lock(database):
         wait_until(lambda: (shared.slot.number,) not in queue._read(pqueue_postgres.LOCKED_SLOTS))
 
 
-def test_consumer_that_reconnects_revives_no_other_and_none_that_has_left(database):
-    with PersistentQSQLAlchemy(database) as queue:
-        for name in "abc":
-            queue.dequeue(name)
-        queue.leave("c")
-        tokens = {each["name"]: each["token"] for each in queue.consumers()}
-        with queue._transaction() as session:
-            session.change("UPDATE consumers SET state = 'dead' WHERE state = 'running'")
-            for name in "ac":
-                session.change(pqueue_postgres.MARK_RUNNING, {"token": tokens[name], "now": 1.0})
-        states = dict(map(tuple, queue._read("SELECT name, state FROM consumers")))
-        assert states == {"a": "running", "b": "dead", "c": "stopped"}
-
-
 def test_operator_who_pauses_waits_for_writers_of_jobs_only(database):
     with PersistentQSQLAlchemy(database) as queue, psycopg.connect(database) as other:
         other.execute("SELECT 1 FROM pqueue.jobs")
@@ -1224,6 +1210,22 @@ def test_consumer_whose_session_is_ended_connects_again_at_once(consumers, monke
     before = listener_pid(queue)
     end_session(other, before)
     wait_until(lambda: queue._listener._link and listener_pid(queue) != before)
+
+
+def test_consumer_that_reconnects_revives_no_other_and_none_that_is_leaving(consumers):
+    queue, other = consumers
+    for name in ("anna", "berta"):
+        queue.heartbeat(name)
+    with other.transaction() as db:
+        db.exec_driver_sql("UPDATE pqueue.consumers SET state = 'dead', last_seen_at = 1")
+        db.exec_driver_sql("UPDATE pqueue.consumers SET state = 'stopped' WHERE name = 'berta'")  # `leave` goes on
+    end_session(other, listener_pid(queue))
+
+    def was_seen():
+        return {each["name"]: (each["state"], each["last_seen_at"] > 1) for each in other.consumers()}
+
+    wait_until(lambda: was_seen()["anna"] == ("running", True))
+    assert was_seen() == {"anna": ("running", True), "berta": ("stopped", False), "heir": ("dead", False)}
 
 
 def test_consumer_that_leaves_releases_its_lock_for_good(consumers):
