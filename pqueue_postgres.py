@@ -852,8 +852,7 @@ SELECT format(CASE WHEN relname ~ '_cc(new|old)[0-9]*$' THEN 'index %s was left 
     'run DROP INDEX {SCHEMA}.%I' ELSE 'index %s is invalid: run REINDEX INDEX {SCHEMA}.%I' END, relname, relname)
 FROM pg_index JOIN pg_class c ON c.oid = indexrelid
 WHERE relnamespace = '{SCHEMA}'::regnamespace AND NOT (indisvalid AND indisready AND indislive)
-    AND NOT EXISTS (SELECT 1 FROM pg_stat_progress_create_index
-        WHERE datname = current_database() AND coalesce(relid = indrelid, true))""",
+    AND NOT EXISTS (SELECT 1 FROM pg_stat_progress_create_index WHERE coalesce(relid = indrelid, true))""",
     # The triggers that count pending jobs are needed only if a queue has a limit.
     "disabled triggers": f"""
 SELECT format('trigger %s is disabled: run ALTER TABLE jobs ENABLE ALWAYS TRIGGER %s', tgname, tgname)

@@ -1835,8 +1835,7 @@ SELECT format(CASE WHEN relname ~ '_cc(new|old)[0-9]*$' THEN 'index %s was left 
     'run DROP INDEX pqueue.%I' ELSE 'index %s is invalid: run REINDEX INDEX pqueue.%I' END, relname, relname)
 FROM pg_catalog.pg_index JOIN pg_catalog.pg_class c ON c.oid = indexrelid
 WHERE relnamespace = 'pqueue'::pg_catalog.regnamespace AND NOT (indisvalid AND indisready AND indislive)
-    AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_stat_progress_create_index
-        WHERE datname = current_database() AND coalesce(relid = indrelid, true));
+    AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_stat_progress_create_index WHERE coalesce(relid = indrelid, true));
 
 -- HEALTH: disabled triggers
 SELECT format('trigger %s is disabled: run ALTER TABLE pqueue.jobs ENABLE ALWAYS TRIGGER %s', tgname, tgname)

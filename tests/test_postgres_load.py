@@ -1090,10 +1090,16 @@ def test_check_accepts_an_index_that_is_being_built(queue, database):  # noqa: F
         done = pool.submit(admin.execute, "REINDEX INDEX CONCURRENTLY pqueue.jobs_claim")
         wait_until(lambda: queue._read(building)[0][0])
         wait_until(lambda: queue._read("SELECT 1 FROM pg_index WHERE NOT indisvalid"))
-        assert queue.check(thorough=False)["problems"] == []
+        found = queue.check(thorough=False)["problems"]
+        with psycopg.connect(database) as damage:
+            damage.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'pqueue.history_job'::regclass")
+        of_another_table = queue.check(thorough=False)["problems"]
         admin.cancel()
         with pytest.raises(psycopg.errors.QueryCanceled):
             done.result(PATIENCE_SECONDS)
+        assert found == []
+        assert of_another_table == ["index history_job is invalid: run REINDEX INDEX pqueue.history_job"]
+        admin.execute("REINDEX INDEX pqueue.history_job")
         (problem,) = queue.check(thorough=False)["problems"]
         remedy = problem.partition(": run ")
         assert remedy[0] == "index jobs_claim_ccnew was left by a REINDEX CONCURRENTLY that failed"
