@@ -651,7 +651,7 @@ class PersistentQSQLite(PersistentQInterface):
         """Open the record, and yield it with the inode numbers of the database and its log, of 20 digits each."""
         found = [status(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal")]
         with opening(self._folder), closing_file(open_private(self._folder / "files")) as record:
-            yield record, "".join(f"{each and each.st_ino!s:>20}" for each in found).encode()
+            yield record, b"".join(b"%20d" % (each.st_ino if each else 0) for each in found)
 
     def _connect(self) -> sqlite3.Connection:
         # guard: a child forked inside a transaction is refused
