@@ -274,7 +274,7 @@ class SQLiteSession(Session):
     def was_closed(self) -> bool:
         """Return whether user code has closed the connection."""
         try:
-            self.connection.cursor()
+            self.connection.in_transaction  # noqa: B018 - raises if it is closed
         except sqlite3.ProgrammingError:
             return True
         return False
