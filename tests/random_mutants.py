@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "--assert=plain"]
 ON_SQLITE = ["test_pqueue.py", "tests/test_model.py", "-knot AtNormalDurability and not killed_anywhere"]
 ON_POSTGRES = [f"tests/test_postgres{part}.py" for part in ("", "_connections", "_isolation", "_load", "_plans")]
-ON_POSTGRES += ["tests/test_pooler.py"]
+ON_POSTGRES += ["tests/test_join.py", "tests/test_pooler.py"]
 ON_POSTGRES += ["-kPostgresContract or not Contract and not at_the_limit"]  # which takes too long when recorded
 OF_POSTGRES = {"pqueue_listener.py", "pqueue_postgres.py", "pqueue_sqlalchemy.py"}
 RECORDING_SECONDS = 3600

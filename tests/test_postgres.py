@@ -342,6 +342,9 @@ class PostgresFiles(PostgresCase):
             self.assertIsNone(queue.dequeue("berta"))
         self.assertEqual(len(logs.output), 1, logs.output)
         self.assertIn("passes on no NOTIFY", logs.output[0])
+        with psycopg.connect(self.url, autocommit=True) as db:
+            sql = "SELECT application_name FROM pg_stat_activity WHERE datname = current_database()"
+            wait_until(lambda: db.execute(sql).fetchall().count(("pqueue",)) == 2)  # and no listener
         other.enqueue("t")
         with mock.patch("pqueue.DEAD_CHECK_SECONDS", 0):
             other.dequeue("other")

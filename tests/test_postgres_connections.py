@@ -865,6 +865,7 @@ def test_answer_that_no_other_attempt_changes_is_an_error(answer):
         ("53200", QueueBusy, "cannot use .*: it fails"),  # out of memory
         ("57P03", QueueBusy, "cannot reach .*: it fails"),
         ("57014", QueueBusy, "cannot use .*: it fails"),  # pg_cancel_backend
+        ("23514", QueueError, "cannot use .*: it fails"),  # a constraint of the application's own table
         ("40001", QueueBusy, "cannot use .*: canceling statement due to conflict with recovery"),  # of a standby
     ],
 )
