@@ -936,6 +936,7 @@ class PersistentQSQLite(PersistentQInterface):
             # guard: a connection that cannot be renewed is kept
             self._local.session = session
             raise
+        session.close()  # now: an exception that is being handled may refer to it, and its files be closed later
 
     @property
     def hides_rows(self) -> bool:  # type: ignore[override]
