@@ -491,7 +491,10 @@ def test_stats_after_a_bulk_load_soon_read_nothing_but_the_index(tmp_path):
 
 def test_check_of_a_sound_queue_finds_nothing(queue):
     queue.enqueue("t", key="k")
-    assert queue.check()["problems"] == []
+    facts = queue.check()
+    assert facts["problems"] == []
+    assert facts["file_bytes"] > 1_000_000
+    assert "file_bytes" not in queue.check(thorough=False)  # which reads little
 
 
 JOBS = "ALTER TABLE pqueue.jobs"
