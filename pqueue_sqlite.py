@@ -1133,6 +1133,7 @@ class PersistentQSQLite(PersistentQInterface):
         for me in self._registry.values():
             if me.slot:
                 me.slot.close()
+        self._registry = {}  # what was not unregistered, as the disk was full, would keep the files of the locks open
         with _opening_lock:
             for session in list(self._sessions):
                 session.close()
