@@ -207,7 +207,7 @@ MIGRATIONS[0] += [VERSION, EARLY_VACUUM, *COUNTING, *GROUPING]
 # Parts of statements
 
 LOCK = "FOR UPDATE SKIP LOCKED"  # skip rows that other transactions have locked
-PG_NOTIFY = f"pg_notify('{CHANNEL}', '')"  # in a RETURNING clause
+PG_NOTIFY = f"pg_notify('{CHANNEL}', '')"
 PG_NOTIFY_JOBS = f"pg_notify('{CHANNEL}', ids) FROM unnest(CAST(:ids AS text[])) ids"
 MOST_IDS = 390  # in one NOTIFY, which has less than 8,000 bytes; an id has at most 19
 AMONG = "= ANY (ARRAY({}))"  # which is never planned as a join with all rows
@@ -531,6 +531,8 @@ ALONE = {
     sql: POSTGRES[sql].replace(HAS_ROOM_FOR, HAS_ROOM_ALONE)
     for sql in (pqueue_schema.ENQUEUE, pqueue_schema.ENQUEUE_MANY)
 }
+# The same, waking consumers, if they store a job: such a subquery is executed once, with the first row.
+WAKING = {sql: f"{sql.removesuffix(' FROM added')}, (SELECT {PG_NOTIFY}) FROM added" for sql in ALONE.values()}
 
 NONE_OVERDUE = f"""NOT EXISTS (SELECT FROM ({pqueue_schema.OVERDUE}) overdue WHERE due OR expired OR
     grouped AND EXISTS (SELECT 1 {GROUPED_HERE}) AND ({MAY_HAVE_JOB})) AND"""

@@ -147,7 +147,7 @@ class PostgresSession(Session):
         began, is_quick = time.monotonic(), self._queue.commit_seconds < SLOW_COMMIT_SECONDS
         with_commit = is_quick and not self._queue.cannot_wake
         try:
-            rows = self.alone(f"{sql}, {PG_NOTIFY}" if with_commit else sql, params)
+            rows = self.alone(pqueue_postgres.WAKING[sql] if with_commit else sql, params)
         except QueueError as error:
             if not is_notify_queue_full(error):
                 raise
