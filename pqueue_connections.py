@@ -288,9 +288,8 @@ class Link:
         is_shadowed = "pg_catalog" in path and not path.startswith("pg_catalog")
         if is_shadowed:
             self.driver.execute(setting({"search_path": NEEDED["search_path"]}, for_good=False))
-        with (
-            self.driver.pipeline() if self.driver.pgconn.pipeline_status else nullcontext()
-        ):  # read each result at once
+        # In a pipeline of the application, one of its own reads the result at its end.
+        with self.driver.pipeline() if self.driver.pgconn.pipeline_status else nullcontext():
             yield
         if is_shadowed:
             self.driver.execute(setting({"search_path": path}, for_good=False))

@@ -936,7 +936,7 @@ class PersistentQSQLite(PersistentQInterface):
             # guard: a connection that cannot be renewed is kept
             self._local.session = session
             raise
-        session.close()  # now: an exception that is being handled may refer to it, and its files be closed later
+        session.close()  # explicitly: an exception that is being handled may keep a reference to it
 
     @property
     def hides_rows(self) -> bool:  # type: ignore[override]
@@ -1133,7 +1133,7 @@ class PersistentQSQLite(PersistentQInterface):
         for me in self._registry.values():
             if me.slot:
                 me.slot.close()
-        self._registry = {}  # what was not unregistered, as the disk was full, would keep the files of the locks open
+        self._registry = {}  # consumers that could not be unregistered would keep the lock files open
         with _opening_lock:
             for session in list(self._sessions):
                 session.close()

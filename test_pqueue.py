@@ -67,7 +67,7 @@ from pqueue import (
     open_queue,
 )
 
-# Python 3.15 raises what older ones print, and tests of forks beside threads mean to do that.
+# Some tests fork while other threads run. With -W error, Python 3.15 raises this warning; older versions print it.
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 
 HERE = Path(__file__).resolve().parent

@@ -1221,7 +1221,7 @@ def test_consumer_that_reconnects_revives_no_other_and_none_that_is_leaving(cons
         queue.heartbeat(name)
     with other.transaction() as db:
         db.exec_driver_sql("UPDATE pqueue.consumers SET state = 'dead', last_seen_at = 1")
-        db.exec_driver_sql("UPDATE pqueue.consumers SET state = 'stopped' WHERE name = 'berta'")  # `leave` goes on
+        db.exec_driver_sql("UPDATE pqueue.consumers SET state = 'stopped' WHERE name = 'berta'")  # as `leave` does
     end_session(other, listener_pid(queue))
 
     def was_seen():
