@@ -931,9 +931,25 @@ def _unlink(directory: Path, names: list[str]) -> int:
 @command(SYSTEM, "doctor", examples=("doctor -o json",))
 def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Check the database and the system; the exit code is 1 if a problem is found."""
-    facts, stats = queue.check(), queue.stats()
-    found = report.findings(queue, stats=stats, facts=facts, processes=supervisor.known_processes())
+    facts = queue.check()
+    try:
+        found = _diagnose(queue, facts)
+    except QueueError:  # a table is missing, for example
+        if not facts["problems"]:
+            raise
+        found = [report.Finding("critical", sentence) for sentence in facts["problems"]]
     del facts["problems"]
+    now = report.now_shown()
+    names = {key: key.removesuffix("_bytes").removesuffix("_at").replace("_", " ") for key in facts}
+    lines = [f"{names[key]:20}  {report.for_people(key, v, now)}" for key, v in facts.items() if v is not None]
+    facts["findings"] = [each._asdict() for each in found]
+    return CommandResult([facts], "\n".join([*report.verdict(found), "", *lines]), int(bool(report.problems(found))))
+
+
+def _diagnose(queue: PersistentQInterface, facts: dict[str, Any]) -> list[report.Finding]:
+    """Return the findings; add figures to the facts that `check` returned."""
+    stats = queue.stats()
+    found = report.findings(queue, stats=stats, facts=facts, processes=supervisor.known_processes())
     running = [each for each in queue.consumers(job_ids=False) if each["state"] == "running"]
     facts |= {"consumers_alive": len(running)}
     facts |= {"oldest_pending_at": report.oldest_pending(stats)}
@@ -941,11 +957,7 @@ def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     facts |= {"finished_jobs": sum(stats["states"][state] for state in pqueue.FINISHED)}
     facts |= {"added_in_last_hour": sum(each["added"] for each in kept)}
     facts |= {"deleted_in_next_hour": sum(each["expiring"] for each in kept)}
-    now = report.now_shown()
-    names = {key: key.removesuffix("_bytes").removesuffix("_at").replace("_", " ") for key in facts}
-    lines = [f"{names[key]:20}  {report.for_people(key, v, now)}" for key, v in facts.items() if v is not None]
-    facts["findings"] = [each._asdict() for each in found]
-    return CommandResult([facts], "\n".join([*report.verdict(found), "", *lines]), int(bool(report.problems(found))))
+    return found
 
 
 @command(SYSTEM, "metrics")

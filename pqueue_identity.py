@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import cast
 
 from pqueue_schema import APPLICATION_ID, MIGRATIONS, SQLITE_TYPES, TABLES, expect_known
-from pqueue_values import SchemaMismatch
+from pqueue_values import SchemaMismatch, command_line
 
-OUR_TABLES = f"SELECT sql LIKE '%STRICT' FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
+OUR_TABLES = f"SELECT name, sql LIKE '%STRICT' FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
 DEFINITIONS = "SELECT type, name, sql FROM sqlite_master"
 
 
@@ -54,12 +54,15 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
     """Return the schema version of a queue, 0 for an empty database. Raises SchemaMismatch for any other."""
     version = expect_ours(connection, path)
     expect_known(path, version)
-    ours = connection.execute(OUR_TABLES).fetchall()
+    ours = dict(connection.execute(OUR_TABLES))
     # guard: a file without our tables is refused
-    if version and len(ours) < len(TABLES):
-        raise SchemaMismatch(f"cannot use {path}: expected the tables of a queue, got {len(ours)} of them")
+    if version and (missing := [name for name in TABLES if name not in ours]):
+        raise SchemaMismatch(
+            f"cannot use {path}: expected the tables of a queue; missing: {', '.join(missing)}; stop all programs and "
+            f"run {command_line()} restore with a backup"
+        )
     # guard: a file from before 0.1 is refused
-    if version and (0,) in ours:
+    if version and 0 in ours.values():
         raise SchemaMismatch(
             f"cannot use {path}: it was created by a version before 0.1: finish its jobs with that version, "
             "then move the file away"

@@ -91,6 +91,7 @@ IF_ROOM = "WHERE pg_notification_queue_usage() < 0.9"
 SLOW_COMMIT_SECONDS = 0.002  # much longer than a round trip
 # How SQLSTATE begins: limits of the settings or the server, a state of a table, an error of the disk
 LASTING_STATES = ("534", "54", "55", "58")
+MISSING = ("42P01", "42703", "42883")  # a table, a column or a function does not exist
 # A prepared statement is invalid: its table was altered, or the application deallocated it.
 PLAN_LOST = (psycopg.errors.FeatureNotSupported, psycopg.errors.InvalidSqlStatementName)
 
@@ -630,8 +631,9 @@ class OnPostgres(PersistentQSQLAlchemy):
             )
         if "pooling mode" in text:  # of PgBouncer
             return QueueError(f"cannot use {self.name}: expected pool_mode = transaction or session, got: {text}")
-        if state.startswith("23") and original.diag.schema_name == self.schema:  # a sequence may be behind
-            return QueueError(f"cannot write to {self.name}: {text}; run {pqueue_values.command_line()} doctor")
+        # A sequence may be behind, or a table, a column or a function be missing.
+        if state in MISSING or (state.startswith("23") and original.diag.schema_name == self.schema):
+            return QueueError(f"cannot use {self.name}: {text}; run {pqueue_values.command_line()} doctor")
         if state == "26000" or original.diag.source_function == "RevalidateCachedQuery":
             why = "its tables were altered" if state == "0A000" else "the application removed prepared statements"
             return Conflict(f"cannot use {self.name}: {why}; try again ({text})")
@@ -1026,24 +1028,41 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
-        try:
-            for problems in self._look_for_problems(facts["schema_version"], thorough=thorough):
-                facts["problems"] += problems
-        except QueueBusy as error:  # a table is locked
-            facts["problems"].append(str(error))
+        unexplained: list[str] = []
+        for problems in (self._server_problems, self._schema_problems, *([self._count_problems] if thorough else ())):
+            try:
+                for problem in problems():
+                    facts["problems"].append(problem)  # one by one: the next may raise
+            except QueueBusy as error:  # a table is locked
+                facts["problems"].append(str(error))
+                break
+            except QueueError as error:  # a table or a column is missing, which another problem says
+                unexplained.append(str(error))
+        facts["problems"] = facts["problems"] or unexplained[:1]
         return facts
 
-    def _look_for_problems(self, version: int, *, thorough: bool) -> Iterator[Iterable[str]]:
+    def _server_problems(self) -> Iterator[str]:
         for sql in pqueue_postgres.HEALTH.values():
-            yield [row[0] for row in self._read(sql)]
-        if version == len(pqueue_schema.MIGRATIONS):
+            yield from (row[0] for row in self._read(sql))
+
+    def _schema_problems(self) -> list[str]:
+        if self._version() != len(pqueue_schema.MIGRATIONS) or not (model := self._model()):
+            return []
+        try:
             has_limits = bool(self._read(pqueue_schema.LIMITED))
-            if model := self._model():
-                found = self._read(pqueue_postgres.CATALOG, {"temporary": False})
-                yield pqueue_postgres.drift(model, found, self.schema, has_limits=has_limits)
-        for name, counted, found in self._read(pqueue_postgres.MISCOUNTED) if thorough else ():
-            yield [f"expected {found} pending jobs of queue {name!r}, counted {counted}: set its limit again"]
-        yield self._unlisted_tasks() if thorough else ()
+        except QueueBusy:
+            raise
+        except QueueError:  # what it reads is missing
+            has_limits = False
+        found = self._read(pqueue_postgres.CATALOG, {"temporary": False})
+        return pqueue_postgres.drift(model, found, self.schema, has_limits=has_limits)
+
+    def _count_problems(self) -> list[str]:
+        miscounted = [
+            f"expected {found} pending jobs of queue {name!r}, counted {counted}: set its limit again"
+            for name, counted, found in self._read(pqueue_postgres.MISCOUNTED)
+        ]
+        return miscounted + self._unlisted_tasks()
 
     def _model(self) -> list[Part]:
         """Return the parts of a new schema, which the server describes; none if this role may not make temporary

@@ -23,6 +23,7 @@ from conftest import ROOT
 from postgres_server import BINARIES
 from test_postgres import database, driver_of, explain, server  # noqa: F401 - fixtures
 
+import admin
 import pqueue
 import pqueue_postgres
 import pqueue_retention
@@ -634,6 +635,32 @@ def test_check_finds_what_makes_the_tables_unsound(queue, database, damage, prob
     assert re.match(problem, problems[0]), problems
 
 
+def test_doctor_names_a_table_or_a_column_that_is_missing(database, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("PQUEUE_URL", database)
+    columns = [("jobs", "meta"), ("queues", "max_pending"), ("consumers", "token"), ("outcomes", "event")]
+    with closing(pqueue.open_queue()) as queue, psycopg.connect(database, autocommit=True) as dba:
+        queue.enqueue("t")
+        for table, column in [*((table, None) for table in pqueue_schema.TABLES), *columns]:
+            dba.execute(f"ALTER TABLE pqueue.{table} RENAME {f'COLUMN {column}' if column else ''} TO gone")
+            assert admin.main(["doctor"]) == 1
+            part = f"column {column} of table {table}" if column else f"table {table}"
+            said = f"critical: {part} is missing: create it as docs/postgres.sql shows"
+            assert said in capsys.readouterr().out.splitlines()
+            back = f"{table} RENAME COLUMN gone TO {column}" if column else f"gone RENAME TO {table}"
+            dba.execute(f"ALTER TABLE pqueue.{back}")
+        assert queue.check()["problems"] == []
+
+
+def test_program_that_misses_a_column_is_told_to_run_doctor(queue, database):  # noqa: F811
+    queue.enqueue("t")
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute("ALTER TABLE pqueue.jobs RENAME COLUMN meta TO gone")
+    with pytest.raises(pqueue.QueueError, match=r'column "meta" .* does not exist; run python3 admin.py doctor$'):
+        queue.enqueue("t")
+    with pytest.raises(pqueue.QueueError, match=r'column "meta" does not exist; run python3 admin.py doctor$'):
+        queue.dequeue("w")
+
+
 def test_statement_that_check_advises_names_what_must_be_quoted(database):  # noqa: F811
     url = f"{database}{'&' if '?' in database else '?'}schema=Team-A"
     with closing(pqueue.open_queue(url)) as queue, psycopg.connect(database, autocommit=True) as admin:
@@ -756,7 +783,7 @@ def test_program_whose_ids_are_taken_is_told_to_run_doctor(queue, database, tabl
     queue.fail(queue.dequeue("w"), "no") if queue.enqueue("t") else None
     with psycopg.connect(database, autocommit=True) as admin:
         admin.execute(f"SELECT setval('pqueue.{table}_id_seq', 1, false)")
-    said = f'cannot write to .*: duplicate key .* "{table}_pkey"; run python3 admin.py doctor$'
+    said = f'cannot use .*: duplicate key .* "{table}_pkey"; run python3 admin.py doctor$'
     with pytest.raises(QueueError, match=said):
         verb(queue)
 
