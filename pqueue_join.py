@@ -18,6 +18,8 @@ from pqueue_values import NO_PARAMS, Params, QueueError, ids_up_to, short
 
 def driver_connection(connection: Any) -> Any:
     """Return the driver's connection of a Session or Connection of SQLAlchemy, whose transaction this begins."""
+    if any(each.__name__.startswith("Async") for each in type(connection).__mro__):  # of SQLAlchemy or psycopg
+        raise ValueError(f"expected a synchronous connection or Session, got {short(connection)}")
     try:
         if callable(getattr(connection, "get_bind", None)):  # a Session
             connection = connection.connection()

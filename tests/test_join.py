@@ -10,6 +10,7 @@ import psycopg
 import pytest
 import sqlalchemy
 from postgres_server import Server
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from test_postgres import database, server
 from test_postgres_isolation import let_server_be_older
@@ -225,4 +226,17 @@ def test_connection_to_another_database_is_not_joined(queue, server):
             pass
         connection.rollback()
     with pytest.raises(QueueError, match="closed"), queue.join(connection):
+        pass
+
+
+class AppSession(AsyncSession):
+    """As an application may derive it."""
+
+
+@pytest.mark.filterwarnings("error")  # a coroutine that is not awaited
+@pytest.mark.parametrize("kind", [AsyncSession, AppSession, AsyncConnection, AsyncEngine])
+def test_asynchronous_connection_is_refused(queue, kind):
+    engine = create_async_engine("postgresql+psycopg://host/db")  # which does not connect yet
+    given = engine if kind is AsyncEngine else kind(engine)
+    with pytest.raises(ValueError, match="^expected a synchronous connection or Session, got <"), queue.join(given):
         pass
