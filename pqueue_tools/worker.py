@@ -71,12 +71,19 @@ def failure_of(error: BaseException, job: Job) -> Failure:
     return found
 
 
+def is_ctrl_c(error: BaseException) -> bool:
+    """Return whether this is Ctrl-C, in a program that shows it so, and not raised by a task."""
+    is_shown = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return type(error) is KeyboardInterrupt and is_shown and threading.current_thread() is threading.main_thread()
+
+
 class Consumer:
     """Claims jobs, runs their tasks one by one in the thread that calls `run`, and completes them.
 
     In an application, call `run` in any thread, and `stop` to end it. It uses no signals, so it cannot interrupt a
     task: timeout_seconds and memory_mb have no effect, and a cancelled job runs to its end. A second thread extends the
-    leases. `consumer.py` runs it in a separate process, where none of this holds.
+    leases. Ctrl-C in the main thread returns the job that runs there, and raises KeyboardInterrupt. `consumer.py` runs
+    it in a separate process, where none of this holds.
 
     drain: return when no job is pending and, with `wait`, none falls due within that many seconds.
     tasks: the names of the tasks to run; None: all that are registered now.
@@ -92,6 +99,7 @@ class Consumer:
     _cancel: Callable[[Exception], object] | None = None  # cancels the async task that runs
     _interrupted: Exception | None = None  # why the last interrupt came
     _must_end = False  # this process must be replaced
+    _had_ctrl_c = False
     _run_seconds = BATCH_SECONDS  # estimate for one job; the initial value allows one job at a time
 
     def __new__(cls, *_: Any, concurrency: int = 1, **__: Any) -> Consumer:
@@ -161,7 +169,10 @@ class Consumer:
         self._retry_while_busy([], lambda: self.queue.declare_schedules(tasks))
         self._retry_while_busy([], lambda: self.queue.declare_handlers(tasks))
         with leases.in_thread(self._leases) if self.is_embedded else nullcontext():
-            return self._run()
+            outcome = self._run()
+        if self._had_ctrl_c:
+            raise KeyboardInterrupt
+        return outcome
 
     def _run(self) -> int:
         try:
@@ -351,14 +362,20 @@ class Consumer:
                 self._collect_garbage()
             except BaseException as caught:
                 self._end_child()
-                failure = failure_of(caught, job)
+                failure = self._failure_of(caught, job)
                 self._collect_garbage()
             finally:
                 self._slot.fields[fields.RUNNING] = 0
         except BaseException as caught:
             self._slot.fields[fields.RUNNING] = 0  # again: an interrupt may have come before it was set
-            failure = failure_of(caught, job)
+            failure = self._failure_of(caught, job)
         self._end_run(job, claim, time.monotonic() - started, failure, encoded)
+
+    def _failure_of(self, error: BaseException, job: Job) -> Failure:
+        if self.is_embedded and is_ctrl_c(error):
+            self._had_ctrl_c, self._fields[fields.STOP] = True, 2
+            error = Interrupt(Stopped()).with_traceback(error.__traceback__)
+        return failure_of(error, job)
 
     def _end_run(self, job: Job, claim: int, took: float, failure: Failure | None, encoded: Encoded | None) -> None:
         """Settle a job that has failed, and note one to be completed. took: for how many seconds it ran."""
@@ -776,8 +793,8 @@ def import_modules(modules: list[str]) -> None:
         try:
             importlib.import_module(module)
         except BaseException as error:
-            if type(error) is KeyboardInterrupt and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-                raise  # Ctrl-C, in a program that shows it so
+            if is_ctrl_c(error):
+                raise
             raise ValueError(f"cannot import {module!r}: {_import_error(error)}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import re
@@ -11,6 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -1827,7 +1829,8 @@ def test_consumer_in_a_thread_never_ends_the_application(place, error):
 
     with registered("fall", fall), registered("cancelled", cancelled):
         ids = [queue.enqueue("fall", max_attempts=1), queue.enqueue("cancelled")]
-        assert Consumer(queue, "embedded", drain=True).run()
+        with ThreadPoolExecutor(1) as threads:
+            assert threads.submit(Consumer(queue, "embedded", drain=True).run).result()
     assert [queue.get(each).state for each in ids] == ["failed", "cancelled"]
     assert queue.get(ids[0]).error.startswith(type(error).__name__)
 
@@ -1851,6 +1854,26 @@ def test_consumer_needs_a_name_when_it_is_created(place):
     for name in ("", 5, None, "a\nb"):
         with pytest.raises(ValueError, match="expected a consumer name"):
             Consumer(place.queue(), name)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_ctrl_c_ends_a_consumer_in_the_main_thread_of_an_application(place, is_async, attempts):
+    async def interrupted():
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(0)
+
+    queue = place.queue()
+    with registered("busy", interrupted if is_async else lambda: signal.raise_signal(signal.SIGINT)):
+        ids = [queue.enqueue("busy", max_attempts=attempts) for _ in range(2)]
+        with pytest.raises(KeyboardInterrupt):
+            Consumer(queue, "embedded", drain=True).run()
+    job, other = map(queue.get, ids)
+    if attempts == 1:
+        assert job.error.startswith("Stopped: stopped while it ran; not run again because max_attempts is 1")
+    else:
+        assert (job.state, job.attempts) == ("pending", 0)
+    assert (other.state, other.attempts) == ("pending", 0)
 
 
 def test_consumer_accepts_durations(place):
