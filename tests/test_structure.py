@@ -110,6 +110,29 @@ def test_modules_import_each_other_in_one_direction():
     assert imports == {}, graph()
 
 
+GUIDE = (ROOT / "docs/code.md").read_text()
+
+
+def test_reading_guide_names_each_module_of_the_core_below_those_that_it_imports():
+    listed = re.findall(r"^\| `(\w+)` \|", GUIDE, re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in ROOT.glob("pqueue*.py"))
+    for number, name in enumerate(listed):
+        assert imported(name, in_functions=False) & set(listed[number:]) == set(), name
+
+
+def test_reading_guide_names_what_exists():
+    there = set(PRODUCT)
+    for name, tree in PRODUCT.items():
+        for each in tree.body:
+            there |= {f"{name}.{each.name}"} if isinstance(each, FUNCTION[:2]) else set()
+            there |= {f"{name}.{ast.unparse(target)}" for target in getattr(each, "targets", ())}
+            if isinstance(each, ast.ClassDef):
+                there |= {f"{each.name}.{method}" for method in defined(each)}
+    named = set(re.findall(r"`([\w/]+(?:\.\w+)+)`", GUIDE))
+    assert {each for each in named - there if not (each.endswith(".py") and (ROOT / each).exists())} == set()
+    assert len(named) > 30
+
+
 def defined(scope):
     """Return the attributes that a class defines, in its body or through self."""
     names = {each.name for each in ast.walk(scope) if isinstance(each, FUNCTION[:2])}
