@@ -554,8 +554,8 @@ SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN 
     ELSE 'off' END, true), {_seen(width)}, taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
 
 
-# Complete jobs. The ids are sorted; if the last tokens or results are equal, only the first of these is given. (A join
-# with the arrays would be planned, while the table is empty, as one that reads all jobs.)
+# Complete jobs. The ids are sorted; if all tokens or results are equal, only one is given. (A join with the arrays
+# would be planned, while the table is empty, as one that reads all jobs.)
 _OF_THIS = "(CAST(:{0} AS text[]))[least(width_bucket(id, CAST(:ids AS bigint[])), cardinality(CAST(:{0} AS text[])))]"
 _COMPLETE_THESE = f"""UPDATE jobs SET {COMPLETED}, result = {_OF_THIS.format("results")}
     WHERE id = ANY (CAST(:ids AS bigint[])) AND lease_token = {_OF_THIS.format("tokens")}"""

@@ -378,20 +378,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _without_repeats(values: list[str | None]) -> list[str | None]:
-    """Leave out the values at the end that are equal to the one before."""
-    end = len(values)
-    while end > 1 and values[end - 1] == values[end - 2]:
-        end -= 1
-    return values[:end]
-
-
 def _completed(completions: list[tuple[Job, str | None]]) -> Params:
     """Return parameters of the statements that complete several jobs."""
+
+    def once(values: list[str | None]) -> list[str | None]:
+        return values[:1] if len(set(values)) == 1 else values
+
     return {
         "ids": sorted({job.id for job, _ in completions}),
-        "tokens": _without_repeats([job.lease_token for job, _ in completions]),
-        "results": _without_repeats([result for _, result in completions]),
+        "tokens": once([job.lease_token for job, _ in completions]),
+        "results": once([result for _, result in completions]),
     }
 
 
@@ -532,8 +528,9 @@ class OnPostgres(PersistentQSQLAlchemy):
         connection.adapters.register_dumper(int, Int8Dumper)  # one type for all values, so one prepared statement
         pid = connection.execute("SELECT pg_catalog.pg_backend_pid()").fetchone()
         self.pooled = pid != (connection.info.backend_pid,)
-        connection.prepare_threshold = None if self.pooled else 3
-        if self.pooled:  # not in a pipeline, which would hide the answer of a pooler that forbids it
+        if self.pooled:
+            connection.prepare_threshold = None
+            # Not in a pipeline, which would hide the answer of a pooler that forbids it
             connection.execute("BEGIN")
             connection.execute("ROLLBACK")
         self._settings = Settings(self.durability, self._milliseconds, connection.info.server_version)
