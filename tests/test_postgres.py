@@ -1100,7 +1100,7 @@ def test_consumer_that_reconnects_within_the_grace_period_keeps_its_job(database
         queue.complete(job)
 
 
-def test_operator_who_resubmits_a_parent_while_another_resubmits_the_other_one_succeeds(database):
+def test_operator_who_resubmits_a_parent_while_others_resubmit_the_other_one_succeeds(database):
     lock = "SELECT 1 FROM pqueue.jobs WHERE id = %s FOR UPDATE"
     waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
     with (
@@ -1111,16 +1111,23 @@ def test_operator_who_resubmits_a_parent_while_another_resubmits_the_other_one_s
         parents = queue.enqueue_many("t", range(2))
         child = queue.enqueue("t", after=parents)
 
-        def operator_gets_the_error():
+        def operator_waits():
+            has_lock = not admin.execute(f"{lock} SKIP LOCKED", (int(parents[1]),)).fetchone()
+            return has_lock and admin.execute(waits).fetchone()[0]
+
+        def operator_gets_two_errors():
             for parent in parents:
                 if queue.get(parent).state != "failed":
                     queue.mark_failed(parent)
             other.execute(lock, (int(parents[0]),))
             operator = threading.Thread(target=queue.resubmit, args=(parents[1],))
             operator.start()
-            wait_until(lambda: admin.execute(waits).fetchone()[0])
             try:
-                other.execute(lock, (int(parents[1]),))
+                for _ in range(2):
+                    wait_until(operator_waits)
+                    other.execute("SAVEPOINT before")
+                    other.execute(lock, (int(parents[1]),))
+                    other.execute("ROLLBACK TO before")
                 return True
             except psycopg.errors.DeadlockDetected:  # the operator had waited for so long that it looked before
                 return False
@@ -1128,7 +1135,7 @@ def test_operator_who_resubmits_a_parent_while_another_resubmits_the_other_one_s
                 other.rollback()
                 operator.join()
 
-        wait_until(operator_gets_the_error)
+        wait_until(operator_gets_two_errors)
         assert [queue.get(each).state for each in (*parents, child)] == ["failed", "pending", "failed"]
 
 

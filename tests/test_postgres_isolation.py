@@ -223,7 +223,7 @@ def state_of(queue):
         queue._pool.give_back(link)
 
 
-@pytest.mark.parametrize("end", ["commit", "roll back"])
+@pytest.mark.parametrize("end", ["commit", "roll back", "COMMIT inside"])
 @pytest.mark.parametrize("statement", LEFT)
 def test_nothing_the_application_sets_outlives_its_transaction(queue, statement, end):
     with queue.transaction() as db:
@@ -231,10 +231,13 @@ def test_nothing_the_application_sets_outlives_its_transaction(queue, statement,
     before = state_of(queue)
     for _ in range(6):  # so that statements are prepared
         queue.enqueue("日本")
-    with suppress(ZeroDivisionError), queue.transaction() as db:
+    ends = {"roll back": pytest.raises(ZeroDivisionError), "COMMIT inside": pytest.raises(QueueError, match="ended")}
+    with ends.get(end, nullcontext()), queue.transaction() as db:
         db.exec_driver_sql(statement)
         if end == "roll back":
             raise ZeroDivisionError
+        if end == "COMMIT inside":
+            db.exec_driver_sql("COMMIT")
     assert [each for each in state_of(queue) if each not in before] == []
     assert queue.enqueue_many("日本", ["€", None])
     with queue.transaction():
