@@ -6553,6 +6553,27 @@ for _ in range(20):
                 queue.close()
         self.assertEqual(codes, [0, 0])
 
+    def test_forked_child_has_no_lock_of_a_queue_that_is_closed_during_a_call(self):
+        queue, begun, end = self.open(), threading.Event(), threading.Event()
+
+        def be_interrupted():
+            with self.assertRaisesRegex(QueueError, "queue object is closed"), queue.transaction():
+                begun.set()
+                end.wait()
+
+        with ThreadPoolExecutor(1) as thread:
+            call = thread.submit(be_interrupted)
+            begun.wait()
+            queue.close()
+            with mock.patch.object(pqueue_sqlite, "BUSY_SECONDS", 0.1):  # the fork waits for the thread that long
+                child = os.fork()
+            if child == 0:
+                os._exit("queue.db.d" in "\n".join(held()))
+            code = os.waitpid(child, 0)[1]
+            end.set()
+            call.result()
+        self.assertEqual(code, 0)
+
     def test_spawned_and_forked_consumers_share_all_jobs(self):
         queue = self.open(durability="normal")
         ids = queue.enqueue_many("t", range(300))
