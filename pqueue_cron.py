@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from functools import lru_cache
@@ -72,7 +73,7 @@ class Cron:
         if not EARLIEST <= after <= LATEST:
             raise ValueError(f"expected a time of the years 6 to 9891, in Unix seconds, got {after:g}")
         now = datetime.fromtimestamp(after, self.zone)
-        repeated = _offset(now) - _offset(datetime.fromtimestamp(after + LONGEST_FOLD.total_seconds(), self.zone))
+        repeated = self._offset(after) - self._offset(after + LONGEST_FOLD.total_seconds())
         found = None
         for wall in self._walls(now.replace(tzinfo=None) - max(repeated, timedelta(0))):
             instants = self._instants(wall)
@@ -115,14 +116,11 @@ class Cron:
         return [first, second] if first < second and self._every_hour else [first]
 
     def _end_of_gap(self, before: float, after: float) -> float:
-        offset = _offset(datetime.fromtimestamp(after, self.zone))
-        while after - before > 1:
-            middle = (before + after) // 2
-            if _offset(datetime.fromtimestamp(middle, self.zone)) == offset:
-                after = middle
-            else:
-                before = middle
-        return after
+        seconds = range(int(after - before))
+        return before + bisect_left(seconds, self._offset(after), key=lambda second: self._offset(before + second))
+
+    def _offset(self, at: float) -> timedelta:
+        return datetime.fromtimestamp(at, self.zone).utcoffset() or timedelta(0)
 
 
 class Every:
@@ -184,10 +182,6 @@ def due_times(timing: Cron | Every, at: float, on_missed: str, now: float, limit
     latest = timing.latest(at, now)
     is_missed = on_missed == "skip" and now - latest >= MISSED_SECONDS
     return [] if is_missed else [latest], timing.next(latest)
-
-
-def _offset(at: datetime) -> timedelta:
-    return at.utcoffset() or timedelta(0)
 
 
 def time_zone(name: str) -> tzinfo:
