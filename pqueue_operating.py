@@ -353,8 +353,7 @@ class Operating(Grouping, Depending, Counting):
 
     def clear(self, queue: str, *, by: str | None = None, now: float | None = None) -> int:
         """Cancel all jobs of a queue that no consumer has taken, and return how many. Running jobs continue."""
-        valid_name("queue", queue)
-        return sum(self.cancel_where(queue=queue, state=state, by=by, now=now) for state in UNTAKEN)
+        return self.cancel_where(queue=valid_name("queue", queue), state=UNTAKEN, by=by, now=now)
 
     def act_where(
         self, act: Callable[[int], Any], *, parents_first: bool = False, **filters: Unpack[Filters]

@@ -2553,6 +2553,7 @@ class QueueContract:
             q.enqueue("d", delay_seconds=50, queue="later", now=NOW)
             q.enqueue("d", queue="later", now=NOW)
             self.assertEqual((q.clear("later", by="ann"), q.clear("later"), q.clear("unknown")), (2, 0, 0))
+            self.assertEqual([each["jobs"] for each in q.operations() if each["actor"] == "ann"], [8, 2])
             self.assertEqual(q.stats()["queues"]["later"]["processing"], 1)
 
     def test_verb_for_all_that_match_acts_in_the_order_of_dependencies(self):

@@ -291,7 +291,7 @@ OPERATIONS = {
     "run_now": Operation(lambda q, _: q.run_now(DUE_SOON, by="ann", now=NOW)),
     "cancel_where": Operation(lambda q, _: q.cancel_where(task="work", by="ann", now=NOW)),
     "delete_where": Operation(lambda q, _: q.delete_where(task="finish")),
-    "clear": Operation(lambda q, _: q.clear("default", by="ann", now=NOW), states=3),
+    "clear": Operation(lambda q, _: q.clear("default", by="ann", now=NOW)),
     "pause": Operation(lambda q, _: q.pause("default", now=NOW)),
     "limit": Operation(lambda q, _: q.limit("default", 500, now=NOW)),
     "limit that is removed": Operation(
