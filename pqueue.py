@@ -596,12 +596,8 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
     def extend(self, job: Job, lease_seconds: float | timedelta = LEASE_SECONDS, *, now: float | None = None) -> None:
         """Renew the lease; it expires this many seconds from now. Raises LeaseLost."""
-        self._with_lease(
-            "extend",
-            pqueue_schema.EXTEND,
-            job,
-            {"lease_expires_at": self._time(now) + above_0("lease_seconds", lease_seconds)},
-        )
+        params = {"lease_expires_at": self._time(now) + above_0("lease_seconds", lease_seconds)}
+        self._with_lease("extend", pqueue_schema.EXTEND, job, params)
 
     def extend_all(
         self,
