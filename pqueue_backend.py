@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from typing import Any, TypeVar
@@ -379,8 +379,8 @@ class Backend(ABC):
             session.wakes = True
 
     @abstractmethod
-    def _count_pending(self, session: Session, queues: Iterable[str]) -> None:
-        """Count the pending jobs of these queues, and keep the counts while any queue has a limit."""
+    def _count_pending(self, session: Session) -> None:
+        """Count the pending jobs of the queues with a limit, and keep the counts while there are any."""
 
     # SQLite, which has a single writer and continues after the highest id, needs nothing for these four.
 

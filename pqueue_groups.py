@@ -413,7 +413,7 @@ class Grouping(Backend):
             if most is not ...:
                 to = f"set limit of pending jobs of queue {queue} to {most or 'none'}"
                 self._set_queue(queue, to, by, now, max_pending=most)
-                self._count_pending(session, [queue])
+                self._count_pending(session)
             if at_once is not ...:
                 to = f"set limit of running jobs of each group of queue {queue} to {at_once or 'none'}"
                 self._set_queue(queue, to, by, now, max_running=at_once)

@@ -116,7 +116,7 @@ class Moving(Operating):
             self._start_groups(copy)
         self._reset_ids(copy)
         # guard: a copy counts what is pending
-        self._count_pending(copy, [row[0] for row in copy.run(pqueue_schema.LIMITED)])
+        self._count_pending(copy)
         return copied
 
     def copy_finished_to(self, target: Moving, progress: Callable[[int], None] | None = None) -> int:

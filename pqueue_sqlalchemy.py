@@ -20,7 +20,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from itertools import chain
@@ -764,7 +764,7 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
             for name in pqueue_postgres.LIMIT_TRIGGERS if not session.run(pqueue_schema.LIMITED) else ():
                 session.change(f"DROP TRIGGER {name} ON jobs")
 
-    def _count_pending(self, session: Session, queues: Iterable[str]) -> None:  # noqa: ARG002 - counts all queues
+    def _count_pending(self, session: Session) -> None:
         """Recount all queues while writers are locked out; create the triggers if a queue has a limit."""
         for statement in pqueue_postgres.RECOUNT:
             session.change(statement)

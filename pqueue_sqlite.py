@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from heapq import merge
 from itertools import islice, zip_longest
@@ -103,9 +103,8 @@ LEAST_FREE_BYTES = 268_435_456  # `check` warns below this much free disk space
 SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 37)  # STRICT tables
 GROUPED = "SELECT 1 FROM queues WHERE grouped = 1 LIMIT 1"
-MISCOUNTED = """
-SELECT name FROM queues q WHERE max_pending IS NOT NULL AND pending <>
-    (SELECT count(*) FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL)"""
+_PENDING_NOW = "(SELECT count(*) FROM jobs WHERE queue = name AND state = 'pending' AND assigned_to IS NULL)"
+MISCOUNTED = f"SELECT name FROM queues WHERE max_pending IS NOT NULL AND pending <> {_PENDING_NOW}"
 
 # Statements that only SQLite has
 
@@ -170,8 +169,8 @@ SET number = coalesce(:id, number), run_seconds = max(run_seconds, coalesce(:at,
 # Return the number of a consumer's lock.
 SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
 
-# Count the pending jobs of a queue.
-COUNT_PENDING = f"UPDATE queues SET pending = (SELECT count(*) FROM jobs WHERE {PENDING_IN_QUEUE}) WHERE name = :queue"
+# Count the pending jobs of the queues with a limit.
+COUNT_PENDING = f"UPDATE queues SET pending = {_PENDING_NOW} WHERE max_pending IS NOT NULL"
 
 # Triggers that maintain queues.pending. They exist only while a queue has a limit: otherwise they cost nothing.
 IS_PENDING = "{row}.state = 'pending' AND {row}.assigned_to IS NULL"
@@ -887,12 +886,11 @@ class PersistentQSQLite(PersistentQInterface):
         _, newest, _, latest = session.run(COUNTED)[0]
         session.change(SET_COUNTED, {"id": newest, "at": latest})
 
-    def _count_pending(self, session: Session, queues: Iterable[str]) -> None:
+    def _count_pending(self, session: Session) -> None:
         is_limited = bool(session.run(LIMITED))
         for name, statement in COUNTERS.items():
             session.change(statement if is_limited else f"DROP TRIGGER IF EXISTS {name}")
-        for queue in queues:
-            session.change(COUNT_PENDING, {"queue": queue})
+        session.change(COUNT_PENDING)
 
     def _start_groups(self, session: Session) -> None:
         for statement in GROUPERS.values():
