@@ -28,6 +28,7 @@ import pqueue
 import pqueue_postgres
 import pqueue_retention
 import pqueue_schema
+import pqueue_sqlalchemy
 from bench.delaying_proxy import DelayingProxy
 from pqueue import PersistentQSQLite, QueueError
 from pqueue_listener import NOTIFY
@@ -1211,16 +1212,27 @@ def test_program_says_once_that_it_cannot_wake_consumers(small_notify_queue, com
 
 
 def test_producer_sends_notify_along_while_commits_are_quick(queue, monkeypatch):
-    queue.enqueue("t")
     sent, execute = [], PostgresSession._execute
     monkeypatch.setattr(
         PostgresSession, "_execute", lambda self, sql, *more: sent.append(sql) or execute(self, sql, *more)
     )
-    queue.commit_seconds = 0.0
-    queue.enqueue("t")
-    queue.commit_seconds = 1.0
-    queue.enqueue("t")
-    assert [NOTIFY in sql or pqueue_postgres.PG_NOTIFY in sql for sql in sent] == [True, False, True]
+    monkeypatch.setattr(pqueue_sqlalchemy, "SLOW_COMMIT_SECONDS", 0.02)
+
+    def which_notify():
+        sent.clear()
+        queue.enqueue("t")
+        return [NOTIFY in sql or pqueue_postgres.PG_NOTIFY in sql for sql in sent]
+
+    wait_until(lambda: which_notify() == [True])
+    with queue.transaction() as db:
+        db.exec_driver_sql("""CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN PERFORM pg_sleep(0.3); RETURN NULL; END'""")
+        db.exec_driver_sql("CREATE TRIGGER slow AFTER INSERT ON pqueue.jobs EXECUTE FUNCTION public.slow()")
+    which_notify()
+    with queue.transaction() as db:
+        db.exec_driver_sql("DROP TRIGGER slow ON pqueue.jobs")
+    assert which_notify() == [False, True]
+    wait_until(lambda: which_notify() == [True])
 
 
 def test_warning_that_consumers_cannot_be_woken_is_one_line(queue, monkeypatch, caplog):
