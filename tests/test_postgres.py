@@ -235,6 +235,11 @@ class PostgresFiles(PostgresCase):
         ):
             pqueue.open_queue(self.url, create=False)
 
+    def test_programs_that_create_it_at_once_share_it(self):
+        with ThreadPoolExecutor(4) as pool:
+            queues = list(pool.map(lambda _: self.open(), range(4)))
+        self.assertEqual([queue.enqueue("t") for queue in queues], [1, 2, 3, 4])
+
     def test_copy_is_a_queue_on_sqlite(self):
         queue = self.open()
         queue.complete(queue.dequeue("w"), {"ok": True}) if queue.enqueue("done") else None
