@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -36,11 +36,10 @@ class Leases:
         self.queue, self.record, self.name, self.lease_seconds = queue, record, name, lease_seconds
         self.quiet = quiet
         self.pid = os.getpid()  # of the process that runs the jobs
-        self.job: Job | None = None  # that runs, if it has run for a tick and is the only one
         self.completed = self.failed = 0  # jobs, and attempts, that this object ended
         self._lost: set[tuple[int, int]] = set()  # the runs whose lease was lost, by their keys
         self.has_released_late = False  # jobs that were taken back, when the worker may have looked for others
-        self._number = 0  # of the run
+        self._number = 0  # of the last run whose waiting jobs were taken
         self._taken: tuple[Run, Results] | None = None  # a run, and the results of what ran before it
         self._extended = self._checked = 0.0  # monotonic seconds
         self._errors: dict[str, str] = {}  # the last error of what does not work, which was logged
@@ -78,15 +77,19 @@ class Leases:
 
     def extend(self, runs: Sequence[Run]) -> None:
         """Extend the leases of the runs that have lasted for a tick, in time."""
-        if len(self.record.slots) > 1:
-            if runs:
-                # guard: a job that waits until it can run alone keeps its lease
-                ids = None if self.record.fields[fields.WAITING] else [run.job_id for run in runs]
-                self._extend_if_due(lambda: self.queue.extend_all(self.name, self.lease_seconds, job_ids=ids))
+        if len(self.record.slots) == 1:
+            self._take_waiting(runs)
+        now = time.monotonic()
+        # guard: a stopped worker loses its lease
+        if not runs or now - self._extended <= self.lease_seconds / 3 or is_stopped(self.pid):
             return
-        self._settle_if_taken()
-        if runs and not self.has_lost(runs[0]):
-            self._extend_one(runs[0])
+        self._extended = now - self.lease_seconds / 6  # if it fails, retry soon
+        # guard: a job that waits until it can run alone keeps its lease
+        ids = None if self.record.fields[fields.WAITING] else [run.job_id for run in runs]
+        with self.logging_once("waiting", "extend", **({"job": runs[0].job_id} if len(self.record.slots) == 1 else {})):
+            # On PostgreSQL, jobs that others are changing are left out
+            if self.queue.extend_all(self.name, self.lease_seconds, job_ids=ids) >= len(runs):
+                self._extended = now
 
     def has_lost(self, run: Run) -> bool:
         return run.key in self._lost
@@ -96,30 +99,13 @@ class Leases:
         before = time.monotonic() - TICK_SECONDS
         return [(slot, run) for slot in self.record.slots if (run := slot.run()) and run.started <= before]
 
-    def _extend_one(self, run: Run) -> None:
-        if run.number != self._number:
-            self._number, self._extended = run.number, run.started
-            self.job = None
-        if self.job is None and not self._taken and (results := self.record.withdraw(run)) is not None:
-            self._taken = run, results
-            self._settle_if_taken()
-        if job := self.job:
-            self._extend_if_due(lambda: self.queue.extend(job, self.lease_seconds), job=job.id)
-
-    def _extend_if_due(self, extend: Callable[[], object], **about: Any) -> None:
-        now = time.monotonic()
-        # guard: a stopped worker loses its lease
-        if now - self._extended <= self.lease_seconds / 3 or is_stopped(self.pid):
-            return
-        self._extended = now - self.lease_seconds / 6  # if it fails, retry soon
-        with self.logging_once("waiting", "extend", **about):
-            try:
-                extend()
-            except LeaseLost:
-                self._checked = 0.0  # look at once whether its task has settled it
-            self._extended = now
-
-    def _settle_if_taken(self) -> None:
+    def _take_waiting(self, runs: Sequence[Run]) -> None:
+        """Take the jobs that wait behind a run from the worker, once, and settle them."""
+        for run in runs:
+            is_new = run.number != self._number and not self.has_lost(run)
+            if is_new and not self._taken and (results := self.record.withdraw(run)) is not None:
+                self._number, self._extended = run.number, run.started
+                self._taken = run, results
         with self.logging_once("waiting", "take back"):
             self.settle_taken()
 
@@ -129,7 +115,7 @@ class Leases:
         # guard: jobs that were taken from a worker are settled, although the slow one has ended
         if self._taken:
             run, results = self._taken
-            self.job = self.return_held(results, [run.key], claim=run.claim).get(run.key)
+            self.return_held(results, [run.key], claim=run.claim)
             self._taken = None
             self.has_released_late = self.has_released_late or self.record.slots[0].run() != run
 
