@@ -341,7 +341,7 @@ class Keeper:
             self._fields[fields.FORWARDING] = 1  # before it is read
             for output in self._outputs:
                 output.forward(ready)
-            self._fields[fields.FORWARDING] = any(output.is_behind for output in self._outputs)
+            self._fields[fields.FORWARDING] = any(output.ready for output in self._outputs)
             if is_awake := self._pipe in ready:
                 with suppress(BlockingIOError):
                     os.read(self._pipe, 65536)

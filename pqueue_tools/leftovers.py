@@ -29,6 +29,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
 from time import monotonic  # which a task may replace in `time`
@@ -62,22 +63,17 @@ CODEC_ERRORS = [
 HEAP_TYPE, IMMUTABLE_TYPE = 1 << 9, 1 << 8  # flags of classes
 
 
+@dataclass(eq=False)
 class Setting:
-    """A part of the process's state: its name, how to read it, and how to restore it (None: impossible).
+    """A part of the process's state."""
 
-    is_fatal: if it cannot be restored, the database cannot be used any more.
-    """
+    name: str
+    read: Callable[[], Any]
+    restore: Callable[[Any], object] | None = None  # None: impossible
+    is_fatal: bool = field(default=False, kw_only=True)  # if it cannot be restored, the database cannot be used
 
-    def __init__(
-        self,
-        name: str,
-        read: Callable[[], Any],
-        restore: Callable[[Any], object] | None = None,
-        *,
-        is_fatal: bool = False,
-    ) -> None:
-        self.name, self.read, self._restore, self.is_fatal = name, read, restore, is_fatal
-        self.before = read()
+    def __post_init__(self) -> None:
+        self.before = self.read()
 
     def has_changed(self) -> bool:
         try:
@@ -87,10 +83,10 @@ class Setting:
 
     def undo(self) -> bool:
         """Restore it; return whether that succeeded."""
-        if self._restore is None:
+        if self.restore is None:
             return False
         with suppress(BaseException):
-            self._restore(self.before)
+            self.restore(self.before)
         return not self.has_changed()
 
 
@@ -233,7 +229,11 @@ def _interpreter_settings() -> Iterator[Setting]:
     yield Setting("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit)
     yield Setting("the switch interval", sys.getswitchinterval, sys.setswitchinterval)
     yield Setting("the thread stack size", threading.stack_size, threading.stack_size)
-    yield Setting("garbage collection", _gc, _set_gc)
+    yield Setting("garbage collection", gc.isenabled, lambda enabled: (gc.enable if enabled else gc.disable)())
+    yield Setting("garbage collection", gc.get_threshold, lambda numbers: gc.set_threshold(*numbers))
+    yield Setting("garbage collection", gc.get_debug, gc.set_debug)
+    callbacks = gc.callbacks.__setitem__
+    yield Setting("garbage collection", lambda: list(gc.callbacks), partial(callbacks, slice(None)))
     if hasattr(sys, "get_int_max_str_digits"):
         yield Setting("the digits of integers", sys.get_int_max_str_digits, sys.set_int_max_str_digits)
     if monitoring := getattr(sys, "monitoring", None):
@@ -454,9 +454,7 @@ class ProcessState:
 
 
 def _set_limit(limit: int, values: tuple[int, int]) -> None:
-    if (
-        resource.getrlimit(limit) != values
-    ):  # to set it again may be refused, if a setting of the system is lower by now
+    if resource.getrlimit(limit) != values:  # to set it again may be refused: a setting of the system may be lower now
         resource.setrlimit(limit, values)
 
 
@@ -583,17 +581,6 @@ def _set_traceback_limit(before: int | None) -> None:
         del sys.tracebacklimit
     else:
         sys.tracebacklimit = before
-
-
-def _gc() -> tuple[Any, ...]:
-    return gc.isenabled(), gc.get_threshold(), gc.get_debug(), list(gc.callbacks)
-
-
-def _set_gc(before: tuple[Any, ...]) -> None:
-    (gc.enable if before[0] else gc.disable)()
-    gc.set_threshold(*before[1])
-    gc.set_debug(before[2])
-    gc.callbacks[:] = before[3]
 
 
 def _set_builtins(before: dict[str, Any]) -> None:

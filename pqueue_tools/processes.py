@@ -124,9 +124,8 @@ def kill(*pids: int) -> None:
 
 def resident_mb(pid: int | str) -> float:
     """Return the resident memory of a process; 0 where the system does not show it."""
-    with suppress(OSError, IndexError):
-        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-    return 0.0
+    pages = _read(f"{pid}/statm").split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6 if pages else 0.0
 
 
 def is_running(pid: int) -> bool:
@@ -149,31 +148,29 @@ def has_become_another(pid: int) -> bool:
 
 def is_of_task(pid: int) -> bool:
     """Return whether a child of this process was started by a worker of it: the program says so, or it is a fork."""
-    with suppress(OSError):
-        own, other = (Path(f"/proc/{each}/cmdline").read_bytes() for each in ("self", pid))
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        return own == other or f"{MARK}={os.getpid()}".encode() in variables
-    return False
+    variables = _read(f"{pid}/environ").split(b"\0")
+    return _read("self/cmdline") == _read(f"{pid}/cmdline") or f"{MARK}={os.getpid()}".encode() in variables
 
 
 def name(pid: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    return "?"
+    return os.fsdecode(_read(f"{pid}/comm")).strip() or "?"
 
 
 def _stat(pid: int | str) -> list[bytes]:
     """Return the fields of /proc/PID/stat, or PID/task/TID, from the state on."""
+    return _read(f"{pid}/stat").rpartition(b")")[2].split()
+
+
+def _read(name: str) -> bytes:
+    """Return a file of /proc, or nothing if the process has ended or the system has no such file."""
     with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    return []
+        return Path(f"/proc/{name}").read_bytes()
+    return b""
 
 
 def oom_kills() -> int:
     """Return how many processes the kernel has killed for lack of memory, on this machine and in its containers."""
-    found = None
-    with suppress(OSError):
-        found = re.search(rb"(?m)^oom_kill (\d+)", Path("/proc/vmstat").read_bytes())
+    found = re.search(rb"(?m)^oom_kill (\d+)", _read("vmstat"))
     return int(found[1]) if found else 0
 
 

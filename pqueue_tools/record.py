@@ -149,8 +149,7 @@ class Record:
         if end > RESULTS_BYTES:
             return False
         self._RESULT.pack_into(self._map, self._results_at + at, job_id, claim, kind, len(data))
-        if data:
-            self._map[self._results_at + at + size : self._results_at + end] = data
+        self._map[self._results_at + at + size : self._results_at + end] = data
         self.fields[STORED] = end
         return True
 

@@ -365,22 +365,19 @@ if __name__ == "__main__":
 def save_test(queue: PersistentQInterface, job: Job, modules: list[str], path: Path) -> None:
     """Write a test that runs the task with the payload of this job. Raises QueueError, also if the file exists."""
     fields = {"meta": job.meta, "result": None if job.state == "completed" else job.result}
+    literal = functools.partial(pprint.pformat, width=110, sort_dicts=False)
     failure = f"    # It failed: {printable(first_line(job.error))}\n" if job.error else ""
     text = TEST.format(
         id=job.id,
         task=job.task,
         at=utc_now(),
         imports="\n".join(f"import {name}  # noqa: F401 - has tasks" for name in modules or [file_task.__name__]),
-        payload=_literal(job.payload),
-        fields=_literal({name: value for name, value in fields.items() if value is not None}),
-        results=_literal([each.result for each in queue.dependencies(job.id) if each.state == "completed"]),
+        payload=literal(job.payload),
+        fields=literal({name: value for name, value in fields.items() if value is not None}),
+        results=literal([each.result for each in queue.dependencies(job.id) if each.state == "completed"]),
         error=failure,
     )
     try:
         create_whole(path, text)
     except OSError as error:
         raise QueueError(f"cannot save {path}: {error.strerror}") from None
-
-
-def _literal(value: Any) -> str:
-    return pprint.pformat(value, width=110, sort_dicts=False)

@@ -75,7 +75,7 @@ class TaskOutput:
         self._source, self._end = os.pipe()
         os.set_blocking(self._source, False)
         self._begun = b""  # a line without its end
-        self._ready = deque[bytes]()  # to be written, each at once
+        self.ready = deque[bytes]()  # has been read and is to be written, each at once
 
     def redirect(self) -> int | None:
         """In the worker: replace its descriptor by the pipe. Return a copy, if there is one."""
@@ -88,38 +88,33 @@ class TaskOutput:
         os.close(self._end)
         os.close(self._source)
 
-    @property
-    def is_behind(self) -> bool:
-        """Whether something that was read is not written yet, other than the beginning of a line."""
-        return bool(self._ready)
-
     def register(self, poller: select.poll) -> None:
-        if self._ready:  # a log that nobody reads does not stop the keeper
+        if self.ready:  # a log that nobody reads does not stop the keeper
             poller.register(self._number, select.POLLOUT)
         else:
             poller.register(self._source, select.POLLIN)
 
     def forward(self, ready: Mapping[int, int]) -> None:
         """Read or write once, as the poller says that this does not wait."""
-        if self._ready and self._number in ready:
+        if self.ready and self._number in ready:
             self._write()
-        elif not self._ready and self._source in ready:
+        elif not self.ready and self._source in ready:
             self._read()
 
     def flush(self) -> None:
         """Write the rest, after the worker has ended; what nobody reads is dropped."""
         poller = select.poll()
         poller.register(self._number, select.POLLOUT)
-        while self._ready or self._read() or self._end_line():
+        while self.ready or self._read() or self._end_line():
             if not poller.poll(LAST_MS):
-                self._ready.clear()
-            while self._ready and poller.poll(0):
+                self.ready.clear()
+            while self.ready and poller.poll(0):
                 self._write()
 
     def _end_line(self) -> bool:
         """End a line that has begun; return whether there was one."""
-        self._ready.extend(self._events(self._begun + b"\n" if self._begun else b""))
-        return bool(self._ready)
+        self.ready.extend(self._events(self._begun + b"\n" if self._begun else b""))
+        return bool(self.ready)
 
     def _read(self) -> bool:
         """Read what there is; return whether there is something to write."""
@@ -127,7 +122,7 @@ class TaskOutput:
             data = os.read(self._source, READ_BYTES)
         except BlockingIOError:
             return False
-        self._ready.extend(self._events(self._begun + data))
+        self.ready.extend(self._events(self._begun + data))
         return True
 
     def _events(self, data: bytes) -> Iterator[bytes]:
@@ -153,7 +148,7 @@ class TaskOutput:
             yield event.encode()
 
     def _write(self) -> None:
-        data = self._ready.popleft()
+        data = self.ready.popleft()
         try:
             data = data[os.write(self._number, data) :]
         except BlockingIOError:
@@ -161,4 +156,4 @@ class TaskOutput:
         except OSError:  # the disk is full, or nobody reads the pipe any more
             return
         if data:
-            self._ready.appendleft(data)
+            self.ready.appendleft(data)
