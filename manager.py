@@ -21,21 +21,10 @@ import sys
 from contextlib import suppress
 
 from pqueue import QueueError, open_queue
+from pqueue_tools import supervisor
 from pqueue_tools.process import OneLineParser, module_name, not_blank, report, whole_number, writes_to_stdout
 from pqueue_tools.record import MAX_CONCURRENCY
 from pqueue_tools.report import count, span
-from pqueue_tools.supervisor import (
-    CONFIGURATION,
-    GROUP_SIZE,
-    ManagerError,
-    add_group,
-    added_groups,
-    processes,
-    remove_group,
-    start,
-    stop,
-    write_configuration,
-)
 from pqueue_values import program_name
 
 
@@ -45,33 +34,34 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with termination.ExitOnSignal():
             _act(options)
-    except (ManagerError, OSError, ValueError) as error:
+    except (supervisor.ManagerError, OSError, ValueError) as error:
         return report("manager", error)
     return 0
 
 
 def _act(options: argparse.Namespace) -> None:
+    of_consumers = supervisor.consumer_options(options.queues, options.modules, options.concurrency)
     if options.init:
-        write_configuration(options.queues, options.modules, options.concurrency)
-        print(f"wrote {CONFIGURATION}; start it with: supervisord -n -c {CONFIGURATION}")
+        supervisor.write_configuration(of_consumers, with_producer=not options.modules)
+        print(f"wrote {supervisor.CONFIGURATION}; start it with: supervisord -n -c {supervisor.CONFIGURATION}")
     elif options.count:
         for _ in range(options.count):
-            group = add_group(options.size, options.queues, options.modules, options.concurrency)
+            group = supervisor.add_group(options.size, of_consumers)
             print(f"added {group}: {count(options.size, 'consumer')}", flush=True)
     elif options.remove:
-        if options.remove in added_groups():
+        if options.remove in supervisor.added_groups():
             print(f"stopping {options.remove}: its consumers finish their jobs first", file=sys.stderr)
-        remove_group(options.remove)
+        supervisor.remove_group(options.remove)
         print(f"removed {options.remove}")
     elif options.start:
-        start(options.start, has_registered)
+        supervisor.start(options.start, has_registered)
         print(f"started {options.start}")
     elif options.stop:
-        stop(options.stop)
+        supervisor.stop(options.stop)
         print(f"stopped {options.stop}")
     else:
-        for each in processes():
-            added = "added" if each["group"] in added_groups() else ""
+        for each in supervisor.processes():
+            added = "added" if each["group"] in supervisor.added_groups() else ""
             uptime = span(each["uptime_seconds"]) if each["pid"] else ""
             print(
                 f"{each['group']:12} {each['name']:16} {each['state']:10} {each['pid'] or '':>8} {uptime:>10} {added}"
@@ -101,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     actions.add_argument("--stop", type=not_blank, metavar="CONSUMER", help="stop one process")
     add = parser.add_argument
     text = "consumers in a group (default: %(default)s)"
-    add("--size", type=whole_number(1, 1000), default=GROUP_SIZE, metavar="N", help=text)
+    add("--size", type=whole_number(1, 1000), default=supervisor.GROUP_SIZE, metavar="N", help=text)
     text = "serve this queue; repeatable (default: all)"
     add("--queue", dest="queues", action="append", type=not_blank, metavar="QUEUE", help=text)
     text = "how many jobs each consumer runs at the same time (default: 1)"

@@ -99,17 +99,14 @@ def added_groups() -> list[str]:
     return sorted(path.stem for path in INCLUDED.glob("consumer*.conf") if path.stem.removeprefix("consumer").isdigit())
 
 
-def write_configuration(queues: list[str] | None, modules: list[str] | None, concurrency: int | None) -> None:
-    """Write supervisord.conf and create its folders in the current folder, to run this copy of the programs.
-
-    With modules, the consumers run their tasks instead of the built-in one, and no producer is configured. Raises
-    ManagerError, and ValueError for a name that supervisord cannot read.
-    """
+def write_configuration(options: list[str], *, with_producer: bool) -> None:
+    """Write supervisord.conf and create its folders in the current folder, to run this copy of the programs, and the
+    consumers with these options. Raises ManagerError, and ValueError for a name that supervisord cannot read."""
     sections = _shipped("supervisord.conf").read_text(encoding="utf-8").split("\n\n")
-    text = "\n\n".join(each for each in sections if not (modules and "[program:producer]" in each))
+    text = "\n\n".join(each for each in sections if with_producer or "[program:producer]" not in each)
     for name in ("producer", "consumer", "ops"):
-        options = _options(queues, modules, concurrency) if name == "consumer" else []
-        command = _in_configuration(_command(name) + options).replace("\\", r"\\").replace('"', r"\"")
+        words = _command(name) + (options if name == "consumer" else [])
+        command = _in_configuration(words).replace("\\", r"\\").replace('"', r"\"")
         text = text.replace(f"python3 {name}.py", command)
     text = text.replace(PYTHON_NOTE, "")
     is_new = not os.path.lexists(CONFIGURATION)
@@ -126,20 +123,13 @@ def _consumer_command() -> str | None:
     return found and found.replace("%", "%%").replace("\n", "\n ")
 
 
-def add_group(
-    size: int = GROUP_SIZE,
-    queues: list[str] | None = None,
-    modules: list[str] | None = None,
-    concurrency: int | None = None,
-) -> str:
-    """Add a group of this many consumers, wait until all have started, and return its name.
-
-    queues, modules, concurrency: without any of these, they run the command of the first consumer that is configured.
+def add_group(size: int = GROUP_SIZE, options: list[str] | None = None) -> str:
+    """Add a group of this many consumers with these options, wait until all have started, and return its name. Without
+    options, they run the command of the first consumer that is configured.
 
     If this fails, remove the group again. Raises ManagerError, and ValueError for a name that supervisord cannot read.
     """
-    options = _options(queues, modules, concurrency)
-    command = (None if options else _consumer_command()) or _in_configuration(_command("consumer") + options)
+    command = (None if options else _consumer_command()) or _in_configuration(_command("consumer") + (options or []))
     used = {each["group"] for each in processes()}
     make_folder(INCLUDED)
     group = None
@@ -306,7 +296,8 @@ def _command(program: str) -> list[str]:
     return [sys.executable, *([script] if os.path.exists(script) else ["-m", f"pqueue_tools.{program}"])]
 
 
-def _options(queues: list[str] | None, modules: list[str] | None, concurrency: int | None) -> list[str]:
+def consumer_options(queues: list[str] | None, modules: list[str] | None, concurrency: int | None = None) -> list[str]:
+    """Return the options of a consumer for its command line."""
     words = [word for queue in queues or () for word in ("--queue", queue)]
     words += ["--concurrency", str(concurrency)] if concurrency else []
     return words + [word for module in modules or () for word in ("--import", module)]

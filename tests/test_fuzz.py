@@ -456,7 +456,7 @@ def test_supervisor_reads_exactly_the_requested_group_options(folder, monkeypatc
         tried("include files")
         shutil.rmtree("var", ignore_errors=True)
         try:
-            group = supervisor.add_group(size, queues, modules)
+            group = supervisor.add_group(size, supervisor.consumer_options(queues, modules))
         except ValueError:
             assert not list(Path("var/supervisor.d").glob("*"))
             return
