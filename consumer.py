@@ -21,8 +21,8 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 import pqueue
 from pqueue import PersistentQInterface, QueueError
@@ -51,18 +51,19 @@ from pqueue_values import program_name, valid_name
 # The program ##########################################################################################################
 
 
-class ProgressBar:
-    """Shows on the terminal how much of the queue is drained."""
+def progress_bar(queue: PersistentQInterface, queues: list[str] | None) -> Callable[[int, int], None]:
+    """Return a function that shows on the terminal how much of the queue is drained."""
+    counts, began = queue.stats()["queues"], time.monotonic()
+    total = sum(each["pending"] for name, each in counts.items() if queues is None or name in queues)
 
-    def __init__(self, total: int) -> None:
-        self._total, self._began = total, time.monotonic()
-
-    def draw(self, done: int, failed: int) -> None:
-        share = min(1.0, (done + failed) / self._total) if self._total else 1.0
-        rate = (done + failed) / max(time.monotonic() - self._began, 1e-9)
+    def draw(done: int, failed: int) -> None:
+        share = min(1.0, (done + failed) / total) if total else 1.0
+        rate = (done + failed) / max(time.monotonic() - began, 1e-9)
         bar = "█" * round(share * 30)
         text = f"\r{bar:░<30} {share:4.0%}  {done} completed, {failed} failed  {rate:,.0f}/s "
         print(text, end="", file=sys.stderr, flush=True)
+
+    return draw
 
 
 @writes_to_stdout("consumer")
@@ -73,24 +74,23 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("expected --drain with --wait")
     try:
         expect_posix()
-        _expect_valid(options)
+        # What a consumer would refuse, before a new queue is created
+        valid_name("consumer", options.name)
+        for name in options.queues or ():
+            valid_name("queue", name)
+        expect_modules(options.modules)
         queue = open_soon() if options.drain else open_waiting(consumer=options.name)
     except (QueueError, ValueError) as error:
         return report("consumer", error)
     if queue is None:  # stopped before the server answered
         return 0
-    with _closing(queue):
+    try:
         code = _consume(queue, options)
         on_termination(signal.SIG_DFL)  # a thread of a task may keep the process alive
+    finally:
+        with suppress(QueueError):
+            queue.close()
     return code
-
-
-def _expect_valid(options: argparse.Namespace) -> None:
-    """Raise ValueError for what a consumer would refuse, before a new queue is created."""
-    valid_name("consumer", options.name)
-    for name in options.queues or ():
-        valid_name("queue", name)
-    expect_modules(options.modules)
 
 
 def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
@@ -99,15 +99,15 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
     has_bar = options.drain and sys.stderr.isatty()
     options.quiet = options.quiet or (has_bar and sys.stdout.isatty())
     set_log(options.log_level, options.log_format)
-    bar = ProgressBar(_pending(queue, options.queues)) if has_bar else None
     try:
-        keeper = Keeper(queue, options, bar.draw if bar else None)
+        bar = progress_bar(queue, options.queues) if has_bar else None
+        keeper = Keeper(queue, options, bar)
         code = keeper.run()
     except (QueueError, ValueError, OSError) as error:
         return report("consumer", error)
     counts = keeper.leases.counts()
     if bar:
-        bar.draw(*counts)
+        bar(*counts)
         print(file=sys.stderr)
     if not keeper.is_refused:
         if options.drain:
@@ -142,20 +142,6 @@ def _report_left(queue: PersistentQInterface, options: argparse.Namespace) -> No
         for name in +held:
             if reason := why_held_back(queue, name):
                 log("left pending", "warning", consumer=options.name, queue=name, jobs=held[name], reason=reason)
-
-
-def _pending(queue: PersistentQInterface, queues: list[str] | None) -> int:
-    counts = queue.stats()["queues"]
-    return sum(counts[name]["pending"] for name in counts if queues is None or name in queues)
-
-
-@contextmanager
-def _closing(queue: PersistentQInterface) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        with suppress(QueueError):
-            queue.close()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -61,9 +61,6 @@ class Producer:
         self.stopped = threading.Event()
         pqueue_files.make_folder(directory)
 
-    def stop(self, *_: object) -> None:
-        self.stopped.set()
-
     def run(self, interval_seconds: float, count: int | None) -> None:
         """Produce `count` jobs, or until stopped."""
         self.recover()
@@ -91,7 +88,8 @@ class Producer:
         file = os.fdopen(number, "w", encoding="utf-8")
         try:
             pqueue_files.share_as_folder(file.fileno(), self.directory)
-            file.write(_random_lines())
+            for _ in range(random.randint(3, 20)):
+                print(*random.choices(WORDS, k=8), file=file)
             file.flush()
             # guard: a job file is synced
             pqueue_files.sync_file(file.fileno())
@@ -150,10 +148,6 @@ def expect_creatable(folder: Path) -> None:
             pass
 
 
-def _random_lines() -> str:
-    return "".join(" ".join(random.choices(WORDS, k=8)) + "\n" for _ in range(random.randint(3, 20)))
-
-
 @writes_to_stdout("producer")
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -165,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         with opened as queue:
             producer = Producer(queue, options.directory)
-            on_termination(producer.stop)
+            on_termination(lambda *_: producer.stopped.set())
             producer.run(options.interval, options.count)
     except (QueueError, ValueError) as error:
         return report("producer", error)

@@ -92,12 +92,6 @@ def _started_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.started"
 
 
-def _start_with_blocked_signals(child: BaseProcess) -> None:
-    """Start a process that ignores Ctrl-C on the terminal; it is killed at the end."""
-    with blocked_signals():
-        child.start()
-
-
 def _in_schema_of_its_own(url: str) -> str:
     place, _, query = url.partition("?")
     kept = [each for each in query.split("&") if each and not each.startswith("schema=")]
@@ -142,7 +136,8 @@ class Torture:
                 self._show_progress(time.monotonic() - began, seconds)
                 time.sleep(KILL_SECONDS)
             self._end()
-            self._drain()
+            self._start("drainer", True)
+            self._children["drainer"].join()
             return {"seconds": round(time.monotonic() - began, 1), "durability": self.durability, **self._verify()}
         finally:
             self._end()
@@ -157,11 +152,14 @@ class Torture:
     def _names(self) -> list[str]:
         return [f"producer{n}" for n in range(PRODUCERS)] + [f"consumer{n}" for n in range(CONSUMERS)]
 
-    def _start(self, name: str) -> None:
+    def _start(self, name: str, *more: Any) -> None:
+        """Start a process that ignores Ctrl-C on the terminal; it is killed at the end."""
         work = produce if name.startswith("producer") else consume
         _started_file(self.folder, name).unlink(missing_ok=True)
-        self._children[name] = self._context.Process(target=work, args=(self.folder, self.url, self.durability, name))
-        _start_with_blocked_signals(self._children[name])
+        arguments = self.folder, self.url, self.durability, name, *more
+        self._children[name] = self._context.Process(target=work, args=arguments)
+        with blocked_signals():
+            self._children[name].start()
 
     def _disturb(self, name: str) -> None:
         """Kill a process and restart it, or, one time in four, stop it until its lease has expired."""
@@ -191,12 +189,6 @@ class Torture:
         for name in self._children:
             self._kill(name)
         self._children.clear()
-
-    def _drain(self) -> None:
-        drainer = self._context.Process(target=consume, args=(self.folder, self.url, self.durability, "drainer", True))
-        self._children["drainer"] = drainer  # so that it is killed if this process is interrupted
-        _start_with_blocked_signals(drainer)
-        drainer.join()
 
     def _show_progress(self, passed: float, seconds: float) -> None:
         if sys.stderr.isatty():

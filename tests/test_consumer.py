@@ -20,6 +20,7 @@ from unittest import mock
 import pytest
 from conftest import PATIENCE_SECONDS, ROOT, parent, wait_until
 
+import consumer
 import pqueue
 import pqueue_files
 import producer
@@ -529,6 +530,13 @@ def test_program_names_the_variable_whose_value_it_refuses_and_no_other(place, p
     assert done.returncode == 2
     assert re.fullmatch(rf"{program}: .*expected .*\n", done.stderr)
     assert re.findall("PQUEUE_[A-Z_]+", done.stderr) == [variable]
+
+
+def test_drain_on_a_terminal_says_in_one_line_that_it_cannot_count_the_jobs(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    queue = mock.Mock(stats=mock.Mock(side_effect=pqueue.QueueError("no answer")))
+    assert consumer._consume(queue, consumer._parser().parse_args(["--drain"])) == 1
+    assert re.fullmatch(r"\S+: no answer\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("program", ["admin.py", "consumer.py", "manager.py", "ops.py", "producer.py"])

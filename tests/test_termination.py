@@ -123,12 +123,14 @@ def test_interrupted_torture_leaves_neither_process_nor_folder(begun):
 
 def test_first_process_of_torture_ignores_ctrl_c():
     program = """if True:
-        import multiprocessing, re, time
-        from pqueue_tools.torture import _start_with_blocked_signals
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-        _start_with_blocked_signals(child)
-        print(re.search(r"SigBlk:\\s(.*)", open(f"/proc/{child.pid}/status").read())[1])
-        child.kill()
+        import re, shutil, time
+        from pqueue_tools import torture
+        torture.consume = lambda *_: time.sleep(60)
+        run = torture.Torture(None, "full")
+        run._start("consumer0")
+        print(re.search(r"SigBlk:\\s(.*)", open(f"/proc/{run._children['consumer0'].pid}/status").read())[1])
+        run._end()
+        shutil.rmtree(run.folder)
     """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert int(done.stdout, 16) >> (signal.SIGINT - 1) & 1, (done.stdout, done.stderr)
