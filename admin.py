@@ -20,15 +20,15 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pqueue
 import pqueue_cron
-from pqueue import JobNotFound, PersistentQInterface, QueueError
+from pqueue import PersistentQInterface, QueueError
 from pqueue_files import closing_file
 from pqueue_operating import spread
 from pqueue_outcomes import EVENTS, Expectation
@@ -39,9 +39,9 @@ from pqueue_tools.commands import (
     Command,
     OneOf,
     Parameter,
-    Problem,
     SeveralOf,
     UsageError,
+    choice,
     dispatch,
     json_value,
     moment,
@@ -52,7 +52,7 @@ from pqueue_tools.commands import (
     up_to_a_day,
 )
 from pqueue_tools.completion import complete, script
-from pqueue_tools.masking import masked_job
+from pqueue_tools.masking import masked, masked_job
 from pqueue_tools.output import OPTIONS, CommandResult, agreed, show_progress, table, wants_rows, width, write
 from pqueue_tools.process import (
     discard_output,
@@ -62,11 +62,12 @@ from pqueue_tools.process import (
     not_blank,
     open_soon,
     print_error,
+    reporting_damage,
     whole_number,
     writes_to_stdout,
 )
 from pqueue_tools.torture import Torture
-from pqueue_values import MAX_NUMBER, interval, program_name, short
+from pqueue_values import MAX_ERROR_CHARS, MAX_NUMBER, interval, program_name, short
 from pqueue_values import seconds_in as duration
 
 FILES_PER_TRANSACTION = 5000  # job files deleted in one
@@ -130,13 +131,9 @@ FILTER_NAMES = {"status": "state", "since": "created_from", "until": "created_be
 
 
 def _filters(options: argparse.Namespace) -> dict[str, Any]:
-    chosen = {each.key: getattr(options, each.key, None) for each in FILTER_OPTIONS}
-    chosen = {key: _time(value) for key, value in chosen.items()}
+    chosen, now = {each.key: getattr(options, each.key, None) for each in FILTER_OPTIONS}, report.now_shown()
+    chosen = {key: now - value if isinstance(value, Ago) else value for key, value in chosen.items()}
     return {FILTER_NAMES.get(key, key): value for key, value in chosen.items() if value is not None}
-
-
-def _time(value: Any) -> Any:
-    return report.now_shown() - value if isinstance(value, Ago) else value
 
 
 OPTION_OF = {  # an argument of the queue, in its messages
@@ -196,16 +193,9 @@ def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
     if options.all or filters or options.before_id is not None:
         options.status = "failed"
         return _listed(queue, options, FAILED_COLUMNS)
-    groups = queue.failures()[: options.limit]
+    groups = report.failures(queue, options.limit, MAX_ERROR_CHARS)[: options.limit]
     keys = ("jobs", "task", "first_at", "last_at", "by_hour", "last_id")
-    return CommandResult([{**{key: each[key] for key in keys}, "error": _last_error(queue, each)} for each in groups])
-
-
-def _last_error(queue: PersistentQInterface, group: dict[str, Any]) -> str:
-    error = None
-    with suppress(JobNotFound):
-        error = queue.get(group["last_id"]).error
-    return report.last_error(group, error)
+    return CommandResult([{**{key: each[key] for key in keys}, "error": each["line"]} for each in groups])
 
 
 @command(INSPECT, "show", JOB_ID, examples=("show 17",))
@@ -252,26 +242,20 @@ def why(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResu
 def logs(_: None, options: argparse.Namespace) -> CommandResult:
     """Print what the consumers logged about a job, from the files that Supervisor writes, oldest first."""
     if not options.directory.is_dir():
-        raise Problem(f"no folder {options.directory}: expected the logs that Supervisor writes, or --directory DIR")
+        raise QueueError(f"no folder {options.directory}: expected the logs that Supervisor writes, or --directory DIR")
     try:
         rows = supervisor.log_lines(options.directory, options.job_id)
     except OSError as error:
-        raise Problem(f"cannot read {error.filename}: {error.strerror}") from None
+        raise QueueError(f"cannot read {error.filename}: {error.strerror}") from None
     if not rows:
-        raise Problem(f"no line about job {options.job_id} in {options.directory}")
+        raise QueueError(f"no line about job {options.job_id} in {options.directory}")
     return CommandResult(rows, "\n".join(row["line"] for row in rows))
 
 
 @command(
     INSPECT,
     "stats",
-    Parameter(
-        "--by",
-        "count by queue or by task; by queue and without --since, jobs are counted by state",
-        OneOf(*BY),
-        BY[0],
-        "|".join(BY),
-    ),
+    choice("--by", "count by queue or by task; by queue and without --since, jobs are counted by state", BY, BY[0]),
     Parameter("--since", "what happened since then: 15m, 7d, or an ISO 8601 time", moment, metavar="TIME"),
     examples=("stats -o json", "stats --by task", "stats --by queue --since 1h"),
 )
@@ -405,12 +389,11 @@ def _ids(job_ids: list[int]) -> str:
 def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Run finished jobs again, with a full number of attempts: now, or at a rate."""
     times = spread(queue.now() + options.delay, options.rate)
-    rate = "" if options.rate is None else f" at {options.rate[0]}/{options.rate[1]:g}s"
+    asked = "resubmit {}" if options.rate is None else f"resubmit {{}} at {options.rate[0]}/{options.rate[1]:g}s"
 
     def resubmit_next(job_id: int, now: float) -> None:
         queue.resubmit(job_id, run_at=next(times), now=now)
 
-    asked = f"resubmit {{}}{rate}"
     return _act(queue, options, "resubmit", asked, "resubmitted {}", resubmit_next, parents_first=True)
 
 
@@ -485,7 +468,7 @@ def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
             given["payload"] = json_value(options.payload, job.payload)
         if job.state in pqueue.FINISHED:
             if not options.resubmit:
-                raise Problem(f"cannot change job {job.id}: it is {job.state}; with --resubmit, it runs again")
+                raise QueueError(f"cannot change job {job.id}: it is {job.state}; with --resubmit, it runs again")
             queue.resubmit(job.id, now=now)
         queue.change(job.id, now=now, **given)
     return CommandResult([{"job": job.id, "done": "changed"}], f"changed job {job.id}")
@@ -514,7 +497,7 @@ def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
     with queue.exclusive([job.id]):
         current = queue.get(job.id)
         if current.state == "processing" and current.lease_token != job.lease_token and not options.yes:
-            raise Problem(f"cannot assign job {job.id}: {current.consumer} has just taken it; repeat the command")
+            raise QueueError(f"cannot assign job {job.id}: {current.consumer} has just taken it; repeat the command")
         queue.assign(job.id, options.consumer)
     done = f"assigned to {options.consumer or 'any consumer'}"
     return CommandResult([{"job": job.id, "done": done}], f"job {job.id} {done}")
@@ -700,7 +683,7 @@ def retention(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
 def _change(queue: PersistentQInterface, kind: str, name: str, act: Callable[[str], Any], done: str) -> CommandResult:
     known = queue.stats()["queues"] if kind == "queue" else [each.name for each in queue.schedules()]
     if name not in known:
-        raise Problem(f"no {kind} {name!r}; there are: {', '.join(known) or 'none'}")
+        raise QueueError(f"no {kind} {name!r}; there are: {', '.join(known) or 'none'}")
     act(name)
     return CommandResult([{kind: name, "done": done}], f"{kind} {name} {done}")
 
@@ -708,8 +691,9 @@ def _change(queue: PersistentQInterface, kind: str, name: str, act: Callable[[st
 @command(INSPECT, "schedules")
 def schedules(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """List the schedules, when each is due next, and its last job."""
-    row = report.schedule_object if options.output == "json" else report.schedule_row
-    return CommandResult([row(each) for each in queue.schedules()])
+    if options.output == "json":
+        return CommandResult([{**each._asdict(), "payload": masked(each.payload)} for each in queue.schedules()])
+    return CommandResult([report.schedule_row(each) for each in queue.schedules()])
 
 
 @command(
@@ -721,13 +705,7 @@ def schedules(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     Parameter("--cron", "minute, hour, day, month and weekday; or @daily, for example", metavar="CRON"),
     Parameter("--zone", "time zone of the cron expression", default="UTC", metavar="ZONE"),
     Parameter("--every", "an interval instead: 90s, 15m, 12h, 7d", duration, metavar="DURATION"),
-    Parameter(
-        "--on-missed",
-        "which missed times get a job",
-        OneOf(*pqueue_cron.ON_MISSED),
-        "once",
-        "|".join(pqueue_cron.ON_MISSED),
-    ),
+    choice("--on-missed", "which missed times get a job", pqueue_cron.ON_MISSED, "once"),
     EXPIRE,
     Parameter("--overlap", "enqueue a job even while the previous one is unfinished", flag=True),
     Parameter("--queue", "queue of the jobs", default="default", metavar="QUEUE"),
@@ -788,13 +766,7 @@ def consumers(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     DATA,
     "prune",
     Parameter("--older-than", "minimum time since the job finished (required): 12h, 7d", duration, metavar="DURATION"),
-    Parameter(
-        "--status",
-        "only jobs in this state",
-        OneOf(*pqueue.FINISHED),
-        metavar="|".join(pqueue.FINISHED),
-        short="--state",
-    ),
+    choice("--status", "only jobs in this state", pqueue.FINISHED, short="--state"),
     examples=("prune --older-than 7d --status completed",),
 )
 def prune(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
@@ -895,7 +867,7 @@ def _job_files(directory: Path) -> set[str]:
         with os.scandir(directory) as entries:
             names = {each.name for each in entries if each.is_file(follow_symlinks=False)}
     except OSError as error:
-        raise Problem(f"cannot read {directory.absolute()}: {error.strerror}") from None
+        raise QueueError(f"cannot read {directory.absolute()}: {error.strerror}") from None
     found = {name for name in names if re.fullmatch(r"job_.*\.txt", name)}
     # A producer is about to enqueue the others.
     return {name for name in found if not (directory / f".{name}.new").exists()}
@@ -924,7 +896,7 @@ def _unlink(directory: Path, names: list[str]) -> int:
                     if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
                         os.unlink(name, dir_fd=folder)
     except OSError as error:
-        raise Problem(f"cannot delete in {directory}: {error.strerror}") from None
+        raise QueueError(f"cannot delete in {directory}: {error.strerror}") from None
     return len(names)
 
 
@@ -981,7 +953,7 @@ def torture(_: None, options: argparse.Namespace) -> CommandResult:
     server = os.environ["PQUEUE_URL"] if pqueue.is_postgres() else None
     parent = None if server else pqueue.sqlite_path().parent
     if parent and not parent.is_dir():
-        raise Problem(f"no folder {parent}: create it, or set PQUEUE_URL")
+        raise QueueError(f"no folder {parent}: create it, or set PQUEUE_URL")
     found = Torture(parent, options.durability, server).run(options.seconds)
     lines = [
         f"{key.replace('_', ' '):24}  {report.for_people(key, value, 0)}"
@@ -1005,11 +977,11 @@ def torture(_: None, options: argparse.Namespace) -> CommandResult:
 def monitor(_: None, options: argparse.Namespace) -> CommandResult:
     """Show processes, consumers, queues and failures, refreshed continuously."""
     if options.once or wants_rows(options):
-        seen = live.snapshot(_reporting_damage)
+        seen = live.snapshot()
         lines = live.screen(seen, width())
         row = {**seen, "findings": [each._asdict() for each in seen["findings"]]}
         return CommandResult([row], "\n".join(lines), int("stats" not in seen))
-    live.run(_reporting_damage, options.interval)
+    live.run(options.interval)
     return CommandResult(text="")
 
 
@@ -1021,7 +993,7 @@ def completion(_: None, options: argparse.Namespace) -> CommandResult:
     """Print a bash script that completes commands, options, states, queues, tasks, consumers and jobs."""
     program = program_name("admin")
     if program.endswith(".py"):
-        raise Problem(f"cannot complete {program}: install the package, and use its command pqueue")
+        raise QueueError(f"cannot complete {program}: install the package, and use its command pqueue")
     return CommandResult([{"script": script(program)}], script(program).rstrip("\n"))
 
 
@@ -1053,7 +1025,7 @@ def run(entry: Command, options: argparse.Namespace) -> int:
     with termination.ExitOnSignal():
         if not entry.opens:
             return _finish(entry.function(None, options), options)
-        with open_soon(create=False) as queue, _reporting_damage(queue):
+        with open_soon(create=False) as queue, reporting_damage(queue):
             report.follow_clock(queue)
             return _finish(entry.function(queue, options), options)
 
@@ -1065,19 +1037,8 @@ def _finish(result: CommandResult, options: argparse.Namespace) -> int:
     except OSError as error:
         discard_output()
         if not isinstance(error, BrokenPipeError):
-            raise Problem(f"cannot write to stdout: {error.strerror}; the command has been carried out") from None
+            raise QueueError(f"cannot write to stdout: {error.strerror}; the command has been carried out") from None
     return result.code
-
-
-@contextmanager
-def _reporting_damage(queue: PersistentQInterface) -> Iterator[None]:
-    """Report a damaged database, whose values may have the wrong types, as a QueueError."""
-    try:
-        yield
-    except (TypeError, LookupError, ArithmeticError) as error:
-        if damage := queue.check()["problems"]:
-            raise QueueError(f"cannot read the database: {'; '.join(damage)}") from error
-        raise
 
 
 @writes_to_stdout("admin")
@@ -1093,7 +1054,7 @@ def main(arguments: list[str] | None = None) -> int:
         names = {} if isinstance(error, UsageError) else OPTION_OF
         print_error("admin", ARGUMENT.sub(lambda found: names.get(found[0], found[0]), str(error)))
         return 2
-    except (Problem, QueueError) as error:
+    except QueueError as error:
         print_error("admin", error)
         return 1
 

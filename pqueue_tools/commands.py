@@ -9,7 +9,7 @@ import keyword
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,10 +26,6 @@ from pqueue_values import seconds_in as duration
 
 class UsageError(Exception):
     """The command line is invalid."""
-
-
-class Problem(Exception):
-    """The command failed: exit code 1."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +173,11 @@ class OneOf:
         if text in self.names:
             return text
         raise ValueError(f"expected one of {', '.join(self.names)}, got {short(text)}")
+
+
+def choice(name: str, text: str, names: Sequence[str], default: str | None = None, short: str = "") -> Parameter:
+    """Return an option that takes one of these names."""
+    return Parameter(name, text, OneOf(*names), default, "|".join(names), short)
 
 
 class SeveralOf(OneOf):

@@ -143,10 +143,9 @@ def host_name(host: str) -> str:
     """Return the name or the normalized address in a Host header, or "" if there is none."""
     found = HOST.fullmatch(host.lower())
     name = (found[1] or found[2]).removesuffix(".") if found else ""
-    try:
-        return str(ipaddress.ip_address(name))
-    except ValueError:
-        return name if found and found[1] is None else ""
+    if address := address_of(name):
+        return str(address)
+    return name if found and found[1] is None else ""
 
 
 def allowed_hosts() -> set[str]:
@@ -162,16 +161,15 @@ def allowed_hosts() -> set[str]:
     return found
 
 
-def is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+def address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    with suppress(ValueError):
+        return ipaddress.ip_address(name)
+    return None
 
 
 def is_loopback(name: str) -> bool:
-    return name == "localhost" or (is_address(name) and ipaddress.ip_address(name).is_loopback)
+    address = address_of(name)
+    return name == "localhost" or (address is not None and address.is_loopback)
 
 
 def password_for(host: str) -> str | None:
@@ -217,7 +215,7 @@ class FigureCache:
             "hour": _hour,
             "days": _Days(),
             "processing": lambda queue: queue.list_jobs(state="processing", limit=JOBS_PER_PAGE, excerpt=0),
-            "failures": _failures,
+            "failures": lambda queue: report.failures(queue, FAILED_GROUPS_SHOWN, EXCERPT_CHARS),
             "consumers": _consumers,
             "handlers": PersistentQInterface.handlers,
             "schedules": lambda queue: [report.schedule_row(each) for each in queue.schedules()],
@@ -521,15 +519,6 @@ def _rows(found: Iterable[Outcomes], starts: list[float], *, by_task: bool) -> l
 def _period(each: Outcomes) -> dict[str, Any]:
     counts = {name: getattr(each, name) for name in report.COUNTED}
     return {"at": each.at, **counts, "wait": percentiles(each.wait), "run": percentiles(each.run)}
-
-
-def _failures(queue: PersistentQInterface) -> list[dict[str, Any]]:
-    """Return the groups of failed jobs; those that are shown also have the first line of the last error."""
-    groups = queue.failures()
-    last = [each["last_id"] for each in groups[:FAILED_GROUPS_SHOWN]]
-    found = queue.list_jobs(ids=last, limit=len(last), excerpt=EXCERPT_CHARS, shown=masked_job) if last else []
-    errors = {job.id: job.error for job in found}
-    return [{**each, "line": report.last_error(each, errors.get(each["last_id"]))} for each in groups]
 
 
 def _settings(queue: PersistentQInterface) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from http import HTTPStatus
@@ -79,7 +79,6 @@ class Server(ThreadingHTTPServer):
         self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
         # Render one response at a time, because it may hold several copies of a large payload; and in one thread,
         # because each thread would keep its own database connection and cache.
-        self._drawing = threading.Lock()
         self._renderer = ThreadPoolExecutor(1, "pqueue-renderer")
         self._large = threading.BoundedSemaphore(MAX_LARGE_ANSWERS)
         self._sending: dict[socket.socket, float] = {}  # connections with an incomplete request, and since when
@@ -139,31 +138,27 @@ class Server(ThreadingHTTPServer):
     def is_own_host(self, host: str) -> bool:
         """Return whether this Host header names this server, to prevent DNS rebinding."""
         name = dashboard.host_name(host)
-        return dashboard.is_ours(host) or (not self.local and (dashboard.is_address(name) or name in _own_names()))
+        return dashboard.is_ours(host) or (not self.local and bool(dashboard.address_of(name) or name in _own_names()))
 
     @contextmanager
     def rendered(self, draw: Callable[..., Answer], *arguments: Any) -> Iterator[Answer]:
         """Render a response and yield it until it is sent, limiting the memory of all responses. Raises Refused."""
-        if not self._drawing.acquire(timeout=RENDER_WAIT_SECONDS):
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the dashboard is busy: try again")
         try:
-            answer = self._submit(draw, *arguments).result()
-            large = len(answer[2]) > LARGE_ANSWER_BYTES
-            if large and not self._large.acquire(blocking=False):
-                raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many large responses are being sent: try again")
-        finally:
-            self._drawing.release()
+            rendering = self._renderer.submit(draw, *arguments)
+        except RuntimeError:  # after `server_close`
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the dashboard is being stopped") from None
+        wait([rendering], RENDER_WAIT_SECONDS)
+        if rendering.cancel():  # it has not begun
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the dashboard is busy: try again")
+        answer = rendering.result()
+        large = len(answer[2]) > LARGE_ANSWER_BYTES
+        if large and not self._large.acquire(blocking=False):
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many large responses are being sent: try again")
         try:
             yield answer
         finally:
             if large:
                 self._large.release()
-
-    def _submit(self, draw: Callable[..., Answer], *arguments: Any) -> Future[Answer]:
-        try:
-            return self._renderer.submit(draw, *arguments)
-        except RuntimeError:  # after `server_close`
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the dashboard is being stopped") from None
 
     def server_close(self) -> None:
         super().server_close()
@@ -450,10 +445,8 @@ def serve(host: str, port: int, password: str | None) -> int:
     with suppress(QueueError, ValueError):
         server.cache.figures(0)  # start computing before the first request
     try:
-        with termination.ExitOnSignal():
+        with suppress(SystemExit), termination.ExitOnSignal():
             server.serve_forever()
-    except SystemExit:
-        return 0
     finally:
         server.server_close()
         server.cache.close()

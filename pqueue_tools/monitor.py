@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import pqueue
@@ -19,6 +20,7 @@ from pqueue import PersistentQInterface, QueueError
 from pqueue_tools import report, supervisor
 from pqueue_tools.masking import masked_job
 from pqueue_tools.output import cells, colours, fitted, painted, table, wrapped
+from pqueue_tools.process import reporting_damage
 from pqueue_values import QueueNotFound
 
 FAILURES_SHOWN = 5
@@ -33,15 +35,13 @@ ORDERS: dict[str, Callable[[dict[str, Any]], Any]] = {  # of the queues and cons
     "failed": lambda row: -row["failed"],
 }
 
-Reading = Callable[[PersistentQInterface], Any]  # a context manager that reports a damaged database as a QueueError
 
-
-def snapshot(reading: Reading) -> dict[str, Any]:
+def snapshot() -> dict[str, Any]:
     """Return the contents of the screen. If the queue cannot be read, that is the only finding, without "stats"."""
     now = report.now_shown()
     seen: dict[str, Any] = {"at": now, "processes": supervisor.known_processes()}
     try:
-        with pqueue.open_queue(create=False) as queue, reading(queue):
+        with pqueue.open_queue(create=False) as queue, reporting_damage(queue):
             report.follow_clock(queue)
             seen["at"] = now = report.now_shown()
             found = report.findings(queue, now, processes=seen["processes"])
@@ -100,9 +100,9 @@ def fitting(parts: list[str], width: int) -> str:
     return next((line for line in lines if cells(line) <= width), fitted(parts[0], width))
 
 
-def run(reading: Reading, interval: float) -> None:
+def run(interval: float) -> None:
     """Show the screen until q is pressed, and draw it again after each interval, each key and a change of its size."""
-    order, top, seen = "name", 0, snapshot(reading)
+    order, top, seen = "name", 0, snapshot()
     until = time.monotonic() + interval
     with _terminal() as wait:
         while True:
@@ -119,7 +119,7 @@ def run(reading: Reading, interval: float) -> None:
                     order = names[(names.index(order) + 1) % len(names)]
                 top += SCROLL.get(key, 0) + TURN.get(key, 0) * most
             if time.monotonic() >= until:
-                seen, until = snapshot(reading), time.monotonic() + interval
+                seen, until = snapshot(), time.monotonic() + interval
 
 
 def _help(order: str, top: int, most: int, total: int) -> list[str]:
@@ -130,7 +130,7 @@ def _help(order: str, top: int, most: int, total: int) -> list[str]:
 def _draw(lines: list[str], status: str, most: int) -> None:
     blank = [""] * (most - len(lines))
     text = "".join(f"\x1b[2K{line}\n" for line in [*lines, *blank])  # erased first: a full line leaves the cursor in it
-    _write(f"\x1b[H{text}\x1b[2K\x1b[7m{status}\x1b[0m")
+    print(f"\x1b[H{text}\x1b[2K\x1b[7m{status}\x1b[0m", end="", flush=True)
 
 
 @contextmanager
@@ -147,9 +147,12 @@ def _terminal() -> Iterator[Callable[[float], bytes]]:
         if hasattr(signal, "SIGWINCH"):
             os.set_blocking(notify, False)
             undo.callback(signal.signal, signal.SIGWINCH, signal.SIG_DFL)
-            signal.signal(signal.SIGWINCH, lambda *_: _notify(notify))
-        undo.callback(_write, "\x1b[?7h\x1b[?25h\x1b[?1049l")
-        _write("\x1b[?1049h\x1b[?25l\x1b[?7l")  # alternate screen, no cursor, no wrapping
+            undo.callback(signal.set_wakeup_fd, -1)
+            signal.set_wakeup_fd(notify, warn_on_full_buffer=False)
+            signal.signal(signal.SIGWINCH, lambda *_: None)
+        show = partial(print, end="", flush=True)
+        undo.callback(show, "\x1b[?7h\x1b[?25h\x1b[?1049l")
+        show("\x1b[?1049h\x1b[?25l\x1b[?7l")  # alternate screen, no cursor, no wrapping
 
         def wait(seconds: float) -> bytes:
             inputs = [resized] + ([] if keyboard is None else [keyboard])
@@ -161,16 +164,6 @@ def _terminal() -> Iterator[Callable[[float], bytes]]:
             return os.read(sys.stdin.fileno(), 100) or b"q"  # the terminal was closed
 
         yield wait
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _notify(pipe: int) -> None:
-    with suppress(BlockingIOError):
-        os.write(pipe, b".")
 
 
 def _deliver_keys_at_once(keyboard: int, undo: ExitStack) -> None:

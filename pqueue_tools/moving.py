@@ -6,11 +6,12 @@ import argparse
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import pqueue
 from pqueue import PersistentQInterface, QueueError
 from pqueue_files import file_size
-from pqueue_tools.commands import Problem, UsageError
+from pqueue_tools.commands import UsageError
 from pqueue_tools.output import CommandResult, agreed, show_progress
 from pqueue_tools.process import print_error
 from pqueue_tools.report import count
@@ -30,13 +31,7 @@ def move(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
     with pqueue.open_queue(options.to, durability="full") as target:  # --finish depends on it
         _expect_empty(queue, target)
         queue.copy_finished_to(target, lambda n: show_progress(f"{n:,} finished jobs copied"))
-        return _move(
-            queue,
-            target.name,
-            lambda: queue.move_to(
-                target, without=options.without, progress=lambda n: show_progress(f"{n:,} rows copied")
-            ),
-        )
+        return _move(queue, target.name, partial(queue.move_to, target, without=options.without), "rows")
 
 
 def _move_to_file(queue: pqueue.PersistentQSQLite, options: argparse.Namespace) -> CommandResult:
@@ -44,29 +39,30 @@ def _move_to_file(queue: pqueue.PersistentQSQLite, options: argparse.Namespace) 
         raise UsageError("move: --without is for a move to another kind of database; into an SQLite file all is copied")
     path = pqueue.sqlite_path(options.to).resolve()
     if path == queue.path:
-        raise Problem("cannot move: the target is this queue itself")
+        raise QueueError("cannot move: the target is this queue itself")
     if file_size(path):
         with pqueue.open_queue(path, create=False) as target:
             _expect_empty(queue, target)
-        raise Problem(f"cannot move: {path} exists; delete that empty queue, or choose another name")
-    return _move(
-        queue, str(path), lambda: queue.move_to_file(path, progress=lambda n: show_progress(f"{n:,} pages copied"))
-    )
+        raise QueueError(f"cannot move: {path} exists; delete that empty queue, or choose another name")
+    return _move(queue, str(path), partial(queue.move_to_file, path), "pages")
 
 
 def _expect_empty(queue: PersistentQInterface, target: PersistentQInterface) -> None:
     if queue.has_moved_to(target):
-        raise Problem(
+        raise QueueError(
             "cannot move: the target holds jobs, which were moved from here; start everything with the new URL, then "
             "give --finish"
         )
     if target.count_jobs() and not target.is_partial_copy():
-        raise Problem("cannot move: the target holds jobs; expected an empty one")
+        raise QueueError("cannot move: the target holds jobs; expected an empty one")
 
 
-def _move(queue: PersistentQInterface, to: str, copy: Callable[[], dict[str, int] | None]) -> CommandResult:
+def _move(queue: PersistentQInterface, to: str, copy: Callable[..., dict[str, int] | None], unit: str) -> CommandResult:
+    def show(copied: int) -> None:
+        show_progress(f"{copied:,} {unit} copied")
+
     try:
-        while (held := queue.begin_move(to)) or (copied := copy()) is None:
+        while (held := queue.begin_move(to)) or (copied := copy(progress=show)) is None:
             show_progress(f"waiting for {count(held, 'running job')}")
             time.sleep(0.5)
     except BaseException:
@@ -92,7 +88,7 @@ def _cancel_failed_move(queue: PersistentQInterface) -> None:
 def _cancel_move(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     found = queue.move_status()
     if found is None:
-        raise Problem("cannot cancel: this queue is not being moved")
+        raise QueueError("cannot cancel: this queue is not being moved")
     again = f"deliver from the old queue again, although it was moved to {found['to']}, where its jobs may run, too"
     if found["event"] == "moved" and not agreed(options, again):
         return CommandResult(text="nothing done", code=1)

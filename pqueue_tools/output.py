@@ -64,22 +64,22 @@ def wants_rows(options: argparse.Namespace) -> bool:
 def write(result: CommandResult, options: argparse.Namespace) -> None:
     """Print the result as the options ask, by default a table on a terminal and tab-separated values elsewhere."""
     chosen = options.output or ("table" if sys.stdout.isatty() else "tsv")
+    asked = tuple(name.strip() for name in options.columns.split(",")) if options.columns else ()
     if result.text is not None and not (options.output or options.columns):
         print(
             "\n".join(_with_severity(printable(line)) for line in result.text.split("\n")), end="\n" * bool(result.text)
         )
     elif chosen == "json":
-        for row in _chosen(result.rows, _columns(options)):
+        for row in _chosen(result.rows, asked):
             print(_encodable(json_text({key: for_machines(key, value) for key, value in row.items()})))
     elif chosen == "tsv":
-        _write_tsv(_chosen(result.rows, _columns(options) or result.columns))
+        for number, row in enumerate(_chosen(result.rows, asked or result.columns)):
+            if number == 0:
+                print("\t".join(row))
+            print("\t".join(_field(key, value) for key, value in row.items()))
     else:
-        rows = list(_chosen(result.rows, _columns(options) or result.columns))
+        rows = list(_chosen(result.rows, asked or result.columns))
         print(table(rows, sys.maxsize if chosen == "wide" else width(), colours=colours()) or "none")
-
-
-def _columns(options: argparse.Namespace) -> tuple[str, ...]:
-    return tuple(name.strip() for name in options.columns.split(",")) if options.columns else ()
 
 
 def _chosen(rows: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> Iterable[dict[str, Any]]:
@@ -87,13 +87,6 @@ def _chosen(rows: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> Iterabl
         if unknown := [name for name in columns if name not in row]:
             raise UsageError(f"--columns: expected names among {', '.join(row)}, got {cut(', '.join(unknown), 80)}")
         yield {name: row[name] for name in columns or row}
-
-
-def _write_tsv(rows: Iterable[dict[str, Any]]) -> None:
-    for number, row in enumerate(rows):
-        if number == 0:
-            print("\t".join(row))
-        print("\t".join(_field(key, value) for key, value in row.items()))
 
 
 def _field(key: str, value: Any) -> str:
@@ -219,15 +212,17 @@ def _widths(wanted: dict[str, int], whole: set[str], width: int) -> dict[str, in
     of numbers and times, which are cut only if nothing else is left."""
     widths = dict(wanted)
     first, last = next(iter(widths)), next(reversed(widths))
-    kept = {name: LAST_COLUMN_CELLS for name in widths if name not in whole} | {first: NAME_CELLS}
-    kept[last] = LAST_COLUMN_CELLS
+
+    def least(text: int) -> int:
+        """Return the width of the table with texts that are cut to so many cells."""
+        most = {name: text for name in widths if name not in whole} | {first: NAME_CELLS}
+        return sum(min(cells, most.get(name, cells)) for name, cells in widths.items()) + 2 * (len(widths) - 1)
+
     for name in (name for name in DROPPED if name in wanted and name not in (first, last)):
-        if _least(widths, kept) <= width:
+        if least(LAST_COLUMN_CELLS) <= width:
             break
         del widths[name]
-    # Many columns that are cut to a few characters say nothing.
-    readable = {name: READABLE_CELLS for name in widths if name not in whole} | {first: NAME_CELLS}
-    while len(widths) > 2 and _least(widths, readable) > width:
+    while len(widths) > 2 and least(READABLE_CELLS) > width:  # many columns of a few characters say nothing
         del widths[[*widths][-2]]
     while (excess := sum(widths.values()) + 2 * (len(widths) - 1) - width) > 0:
         texts = [name for name in widths if name not in whole and widths[name] > LEAST_CELLS] or list(widths)
@@ -238,11 +233,6 @@ def _widths(wanted: dict[str, int], whole: set[str], width: int) -> dict[str, in
             break
         widths[longest] -= min(excess, max(1, widths[longest] - LAST_COLUMN_CELLS))
     return widths
-
-
-def _least(widths: dict[str, int], most: dict[str, int]) -> int:
-    """Return the width of a table in which some columns are cut to at most so many cells."""
-    return sum(min(cells, most.get(name, cells)) for name, cells in widths.items()) + 2 * (len(widths) - 1)
 
 
 def _cell(text: str, width: int, is_number: bool, in_colour: bool) -> str:

@@ -305,6 +305,17 @@ def retry_soon(call: Callable[[], T]) -> T:
         time.sleep(RETRY_PAUSE_SECONDS[0] * random.uniform(0.5, 1.5))  # noqa: S311 - others may also wait
 
 
+@contextmanager
+def reporting_damage(queue: PersistentQInterface) -> Iterator[None]:
+    """Report a damaged database, whose values may have the wrong types, as a QueueError."""
+    try:
+        yield
+    except (TypeError, LookupError, ArithmeticError) as error:
+        if damage := queue.check()["problems"]:
+            raise QueueError(f"cannot read the database: {'; '.join(damage)}") from error
+        raise
+
+
 # Arguments ############################################################################################################
 
 

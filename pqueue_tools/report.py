@@ -224,15 +224,14 @@ def _stalled_queues(
 ) -> Iterator[Finding]:
     """Report queues that make no progress although jobs are due that an idle consumer should run."""
     before = now - STALL_SECONDS
-    waiting = [name for name, each in stats["queues"].items() if not each["paused"] and _is_due(each, before)]
     jobs: dict[str, int] = {}
     names: dict[str, str] = {}
-    stalled = queue.stalled(before) if alive and waiting else {}
+    stalled = queue.stalled(before) if alive and (oldest_pending(stats) or now) < before else {}
     busy = {each["token"] for each in queue.consumers() if each["job_ids"]} if stalled else set()
     idle = [each for each in alive if each["token"] not in busy]
     for (name, task), number in stalled.items():
         free = [each["name"] for each in idle if _serves(each, name) and _knows(each, task)]
-        if free and name in waiting:
+        if free and not stats["queues"].get(name, {}).get("paused", True):
             jobs[name], names[name] = jobs.get(name, 0) + number, free[0]
     blocked.update(jobs)
     for name, number in jobs.items():
@@ -240,10 +239,6 @@ def _stalled_queues(
         text = f"queue {name!r} makes no progress: {due}"
         found = Finding("critical", text, f"read the log of {names[name]}, which is idle, and restart it", "queues")
         yield _with_age(found, stats["queues"][name]["oldest_pending_at"], now)
-
-
-def _is_due(queue: dict[str, Any], before: float) -> bool:
-    return queue["oldest_pending_at"] is not None and queue["oldest_pending_at"] < before
 
 
 def _serves(consumer: dict[str, Any], queue: str) -> bool:
@@ -520,7 +515,8 @@ def _why_not_started(queue: PersistentQInterface, job: Job, now: float, stats: d
     if job.state == "waiting":
         return _why_waiting(queue, job)
     if job.run_at > now and job.state == "scheduled":
-        return _why_scheduled(job, now)
+        attempt = f", for attempt {job.attempts + 1} of {job.max_attempts}, after {first_line(job.error)}"
+        return f"it is due {ago(job.run_at, now)}{attempt if job.attempts else ''}"
     if stats is None or job.queue not in stats["queues"]:
         stats = queue.stats()
     pending = _why_pending(queue, job, stats["queues"][job.queue], now)
@@ -557,11 +553,6 @@ def _why_waiting(queue: PersistentQInterface, job: Job) -> str:
     names = [f"{each.id} ({each.task}, {each.state})" for each in parents[:MAX_NAMED]]
     more = f" and {len(parents) - MAX_NAMED:,} more" if len(parents) > MAX_NAMED else ""
     return f"it runs after {'jobs' if len(parents) > 1 else 'job'} {', '.join(names)}{more}"
-
-
-def _why_scheduled(job: Job, now: float) -> str:
-    attempt = f", for attempt {job.attempts + 1} of {job.max_attempts}, after {first_line(job.error)}"
-    return f"it is due {ago(job.run_at, now)}{attempt if job.attempts else ''}"
 
 
 def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any], now: float) -> str:
@@ -776,10 +767,18 @@ def first_line(error: str | None) -> str:
     return (masked_error(error) or "").split("\n", 1)[0]
 
 
-def last_error(group: dict[str, Any], error: str | None) -> str:
-    """Return the first line of the last error of a group of failures; the fingerprint if that has changed meanwhile."""
-    line = first_line(error)
-    return line if fingerprint(line) == group["error"] else str(group["error"])
+def failures(queue: PersistentQInterface, most: int, excerpt: int) -> list[dict[str, Any]]:
+    """Return the groups of failed jobs. Of the first ones, `most` at most, "line" is the first line of the last error;
+    of others, and of those whose last job has changed meanwhile, it is the fingerprint."""
+    groups = queue.failures()
+    last = [each["last_id"] for each in groups[:most]]
+    found = queue.list_jobs(ids=last, limit=len(last), excerpt=excerpt) if last else []
+    lines = {job.id: first_line(job.error) for job in found}
+    return [
+        {**each, "line": line if fingerprint(line) == each["error"] else each["error"]}
+        for each in groups
+        for line in [lines.get(each["last_id"], "")]
+    ]
 
 
 def cut(text: str, most: int) -> str:
@@ -815,11 +814,6 @@ def schedule_row(each: Schedule) -> dict[str, Any]:
     due = f"every {interval(each.every_seconds)}" if each.every_seconds else f"{each.cron} {each.zone}"
     keys = ("task", "queue", "group", "next_at", "last_at", "last_job_id", "skipped", "paused")
     return {"name": each.name, "due": due, **{key: getattr(each, key) for key in keys}}
-
-
-def schedule_object(each: Schedule) -> dict[str, Any]:
-    """Return a schedule for JSON, with secrets in its payload masked."""
-    return {**each._asdict(), "payload": masked(each.payload)}
 
 
 def count(number: int, noun: str) -> str:

@@ -1337,8 +1337,11 @@ def test_large_answers_are_sent_a_few_at_a_time(queue, site, monkeypatch):
         site.server._large.release()
     assert site.ask(f"/api/jobs/{job_id}")[0] == 200
     monkeypatch.setattr(dashboard_http, "RENDER_WAIT_SECONDS", 0.01)
-    with site.server._drawing:
-        assert (site.ask("/")[0], site.ask("/style.css")[0]) == (503, 200)
+    rendered = threading.Event()
+    site.server._renderer.submit(rendered.wait)
+    assert (site.ask("/")[0], site.ask("/style.css")[0]) == (503, 200)
+    rendered.set()
+    assert site.ask("/")[0] == 200
 
 
 def test_dashboard_stays_small_with_any_payloads_and_without_readers(place):
@@ -2127,7 +2130,7 @@ def test_each_column_of_a_table_in_streamlit_has_one_type(queue):
     failed(queue, task="mail")
     queue.pause("default")
     for table in (tables.ACTIVITY, tables.FAILED):
-        rows = queue.operations() if table is tables.ACTIVITY else dashboard._failures(queue)
+        rows = queue.operations() if table is tables.ACTIVITY else report.failures(queue, 1, 100)
         cells = dashboard_streamlit._cells(table, rows)
         assert {name: len({type(row[name]) for row in cells}) for name in cells[0]} == dict.fromkeys(cells[0], 1)
     assert sorted(cells[0]["24 hours"]) == [0] * 23 + [1]

@@ -187,7 +187,7 @@ def test_monitor_begins_with_the_verdict_and_fits_80_columns(queue):
     for number in range(9):
         queue.mark_failed(queue.enqueue("日本" * 9, {"n": number}, queue=f"queue-{number}" * 3), LONG)
     queue.enqueue("waits", now=time.time() - 7200)
-    seen = monitor.snapshot(admin._reporting_damage)
+    seen = monitor.snapshot()
     lines = monitor.screen(seen, 80)
     assert max(map(cells, lines)) <= 80
     assert lines[0].startswith("1 problem   ")
@@ -207,7 +207,7 @@ def test_monitor_cuts_no_sentence_number_or_heading(queue, width):
         queue.mark_failed(queue.enqueue(name, queue=name), f"ValueError: {name} 接続が拒否されました " * 3)
         queue.dequeue(f"consumer_{name}", queues=[name])
     queue.pause(names[0])
-    seen = monitor.snapshot(admin._reporting_damage)
+    seen = monitor.snapshot()
     lines = monitor.screen(seen, width)
     assert max(map(output.cells, lines)) <= width
     title = next(number for number, line in enumerate(lines) if line.startswith("last failures"))
@@ -243,7 +243,7 @@ def test_monitor_shows_the_jobs_that_failed_last(queue):
     early, late = queue.enqueue("t"), queue.enqueue("t")
     queue.mark_failed(late, "first", now=time.time() - 60)
     queue.mark_failed(early, "last")
-    seen = monitor.snapshot(admin._reporting_damage)
+    seen = monitor.snapshot()
     assert [row["error"] for row in seen["failed"]] == ["last", "first"]
 
 
@@ -341,7 +341,7 @@ def test_monitor_that_is_ended_as_it_prepares_its_terminal_restores_it(queue, mo
         monkeypatch.setattr(sys, "stdin", keyboard)
         monkeypatch.setattr(step, do_and_end)
         with pytest.raises(SystemExit):
-            monitor.run(admin._reporting_damage, 60)
+            monitor.run(60)
         assert (termios.tcgetattr(keyboard), signal.getsignal(signal.SIGWINCH)) == (before, handler)
 
 
