@@ -67,13 +67,8 @@ def _retry(
 
 def _times(form: Form, now: float) -> Iterator[float]:
     """Yield when the jobs are to run, by the time and the rate in the form. Raises ValueError."""
-    yield from spread(_when(one(form, "when"), now), rate(one(form, "rate")) if one(form, "rate") else None)
-
-
-def _when(text: str, now: float) -> float:
-    """Parse a duration from now, or an ISO 8601 time, into Unix seconds. Raises ValueError."""
-    at = moment(text)
-    return now + at if isinstance(at, Ago) else at
+    at = moment(one(form, "when"))
+    yield from spread(now + at if isinstance(at, Ago) else at, rate(one(form, "rate")) if one(form, "rate") else None)
 
 
 def _edit(queue: PersistentQInterface, job_id: int, *, form: Form, by: str | None, now: float, **_: Any) -> None:
@@ -175,9 +170,8 @@ def _limit(queue: PersistentQInterface, form: Form, by: str | None) -> str:
     name, given = _known_queue(queue, form), one(form, "max_pending")
     most = whole_number(0)(given) if given else None
     queue.limit(name, most, by=by)
-    return f"queue {name} " + (
-        "has no limit on pending jobs" if most is None else f"limited to {report.count(most, 'pending job')}"
-    )
+    done = "has no limit on pending jobs" if most is None else f"limited to {report.count(most, 'pending job')}"
+    return f"queue {name} {done}"
 
 
 def _add_group(queue: PersistentQInterface, _: Form, by: str | None) -> str:

@@ -355,8 +355,8 @@ _WHEN = """ <label>in <input name="when" value="10m" size="6"></label>
 def _bulk_form(table: str, query: Query, matching: str, token: str, back: str) -> str:
     choice = f'<option value="matching">{matching}</option>' if matching else ""
     buttons = " ".join(
-        f'<button name="action" value="{each}">{tables.label(each)}</button>' + (_WHEN if each == "retry" else "")
-        for each in tables.bulk_actions(query)
+        f'<button name="action" value="{each}">{label}</button>' + (_WHEN if each == "retry" else "")
+        for each, label in tables.bulk_actions(query).items()
     )
     fields = _inputs({"token": [token], "back": [back], **dashboard.given(query)})
     return f"""<form method="post" action="{prefix()}/act/jobs" class="block">
@@ -368,21 +368,18 @@ def _bulk_form(table: str, query: Query, matching: str, token: str, back: str) -
 
 
 def job(found: dict[str, Any], query: Query, message: str, token: str, seen: dict[str, Any]) -> str:
-    with _keeping(query):
-        return _job(found, _with_query(f"/job/{found['job'].id}", dashboard.of_viewer(query)), message, token, seen)
-
-
-def _job(found: dict[str, Any], back: str, message: str, token: str, seen: dict[str, Any]) -> str:
     one: pqueue.Job = found["job"]
-    facts = dashboard_summary.facts({each.heading: _cell(each, found) for each in tables.FACTS})
-    buttons = _buttons(tables.job_buttons(found), token, back)
-    timeline = _titled(tables.HISTORY, tables.HISTORY.rows(found), token, back, None)
-    texts = {title.lower(): _text(one, title, value, is_cut) for title, value, is_cut in tables.texts(found)}
-    parts = {"facts": f"<h2>Job {one.id}</h2>{buttons}{facts}", "error": texts.pop("error", "")}
-    parents = _titled(tables.PARENTS, found["parents"], token, back, None) if found["parents"] else ""
-    parts |= {"parents": parents, "timeline": timeline, **texts}
-    body = "".join(f'<section id="{key}">{part}</section>' for key, part in parts.items() if part)
-    return _frame(f"job {one.id}", body, message, seen, "jobs")
+    back = _with_query(f"/job/{one.id}", dashboard.of_viewer(query))
+    with _keeping(query):
+        facts = dashboard_summary.facts({each.heading: _cell(each, found) for each in tables.FACTS})
+        buttons = _buttons(tables.job_buttons(found), token, back)
+        timeline = _titled(tables.HISTORY, tables.HISTORY.rows(found), token, back, None)
+        texts = {title.lower(): _text(one, title, value, is_cut) for title, value, is_cut in tables.texts(found)}
+        parts = {"facts": f"<h2>Job {one.id}</h2>{buttons}{facts}", "error": texts.pop("error", "")}
+        parents = _titled(tables.PARENTS, found["parents"], token, back, None) if found["parents"] else ""
+        parts |= {"parents": parents, "timeline": timeline, **texts}
+        body = "".join(f'<section id="{key}">{part}</section>' for key, part in parts.items() if part)
+        return _frame(f"job {one.id}", body, message, seen, "jobs")
 
 
 def _text(one: pqueue.Job, title: str, value: str, is_cut: bool) -> str:

@@ -239,7 +239,7 @@ def _last() -> str:
 
 def _draw_charts(figures: dict[str, Any]) -> None:
     periods = dashboard.periods(figures, st.session_state["last"])
-    charts = dashboard_summary.charts(periods, lambda at, *, has_day: _clock(at)[5 if has_day else 11 : 16])
+    charts = dashboard_summary.charts(periods, lambda at, has_day: _clock(at)[5 if has_day else 11 : 16])
     st.markdown(_html(charts), unsafe_allow_html=True)  # st.html drops SVG
 
 
@@ -355,27 +355,25 @@ def _table_cell(column: Column, row: Any) -> Any:
     return [value] if column.kind == "state" else value
 
 
-def _cell(column: Column, row: Any) -> Any:  # noqa: PLR0911 - one for each kind
+KINDS: dict[str, Callable[[Any], Any]] = {  # how the cells of a column are shown
+    "time": lambda at: report.ago(at, report.now_shown()),
+    "clock": _clock,
+    "moment": lambda at: f"{_clock(at)}, {report.ago(at, report.now_shown())}",
+    "since": lambda at: report.span(max(0.0, report.now_shown() - at)),
+    "until": lambda at: report.span(max(0.0, at - report.now_shown())),
+    "left": lambda start_and_progress: report.span(tables.left(*start_and_progress)),
+    "trend": lambda counts: [completed for completed, _ in counts],
+    "failures": list,
+    "long": lambda error: report.printable(report.first_line(error)),
+}
+
+
+def _cell(column: Column, row: Any) -> Any:
     value = column.cell(row)
     if value is None and column.kind != "progress":
         return ""
-    if column.kind == "time":
-        return report.ago(value, report.now_shown())
-    if column.kind == "clock":
-        return _clock(value)
-    if column.kind == "moment":
-        return f"{_clock(value)}, {report.ago(value, report.now_shown())}"
-    if column.kind in ("since", "until"):
-        age = report.now_shown() - value
-        return report.span(max(0.0, age if column.kind == "since" else -age))
-    if column.kind == "left":
-        return report.span(tables.left(*value))
-    if column.kind == "trend":
-        return [completed for completed, _ in value]
-    if column.kind == "failures":
-        return value
-    if column.kind == "long":
-        return report.printable(report.first_line(value))
+    if column.kind in KINDS:
+        return KINDS[column.kind](value)
     if isinstance(value, list):
         shown = value[: tables.JOBS_OF_CONSUMER_SHOWN]
         return ", ".join(map(str, shown)) + " …" * (len(shown) < len(value))
@@ -547,8 +545,8 @@ def _bulk(ids: list[int], filters: dashboard.Query, matching: str) -> None:
             fields = {"scope": "matching", **filters}
         fields["when"] = st.text_input("when to retry", "10m", key="bulk-when")
         fields["rate"] = st.text_input("at which rate", placeholder="any rate, or 10/1s", key="bulk-rate")
-        for action in tables.bulk_actions(filters):
-            if st.button(tables.label(action), key=f"bulk-{action}"):
+        for action, label in tables.bulk_actions(filters).items():
+            if st.button(label, key=f"bulk-{action}"):
                 what = dashboard_actions.question(cache(), action, _form(fields))
                 st.session_state["asked"] = action, fields, what
         action, asked, what = st.session_state.get("asked", ("", {}, ""))

@@ -6,7 +6,7 @@ import html
 import math
 import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from pqueue_tools import dashboard, report
 from pqueue_values import QueueNotFound
@@ -97,10 +97,7 @@ def without_queue(error: Exception) -> str:
 def findings(found: list[report.Finding], address: Callable[[str], str]) -> str:
     """Return each finding with its remedy and a link to the page that shows it; `address` returns that of a part, as an
     attribute."""
-    lines = [
-        f'<p class="finding"><b class="{each.severity}">{each.severity}</b> {_linked(each, address)}{_remedy(each)}</p>'
-        for each in found
-    ]
+    lines = [_finding(each, address) for each in found]
     rest = f"<details><summary>and {report.count(len(lines) - FINDINGS_SHOWN, 'more finding')}</summary>"
     rest += f"{''.join(lines[FINDINGS_SHOWN:])}</details>"
     return "".join(lines[:FINDINGS_SHOWN]) + (rest if lines[FINDINGS_SHOWN:] else "")
@@ -113,15 +110,13 @@ def verdict(found: list[report.Finding], address: str) -> str:
     return f'<a class="health {worst[0].severity if worst else "completed"}" href="{address}">{shown}</a>'
 
 
-def _linked(each: report.Finding, address: Callable[[str], str]) -> str:
+def _finding(each: report.Finding, address: Callable[[str], str]) -> str:
     said = _with_names(each.text)
     if each.at is not None and (found := ENDS_WITH_TIME.search(said)):
         said = said[: found.start()] + time(each.at, "time" if found[1] or found[2] else "since", found[0])
-    return f'<a href="{address(each.part)}">{said}</a>' if each.part else said
-
-
-def _remedy(each: report.Finding) -> str:
-    return f'<span class="soft">: {_with_names(each.remedy)}</span>' if each.remedy else ""
+    said = f'<a href="{address(each.part)}">{said}</a>' if each.part else said
+    remedy = f'<span class="soft">: {_with_names(each.remedy)}</span>' if each.remedy else ""
+    return f'<p class="finding"><b class="{each.severity}">{each.severity}</b> {said}{remedy}</p>'
 
 
 def _with_names(sentence: str) -> str:
@@ -162,7 +157,7 @@ def facts(shown: dict[str, str]) -> str:
     return f"<dl>{''.join(f'<dt>{heading}</dt><dd>{fact}</dd>' for heading, fact in shown.items() if fact)}</dl>"
 
 
-def _clock(at: float, *, has_day: bool) -> str:
+def _clock(at: float, has_day: bool) -> str:
     kind, shown = ("day", report.utc(at)[5:16]) if has_day else ("minute", report.utc(at)[11:16])
     return time(at, kind, shown)
 
@@ -172,12 +167,7 @@ def _clock(at: float, *, has_day: bool) -> str:
 WIDTH, HEIGHT = 600.0, 100.0
 LEAST = 2.5  # height of a bar: 3 pixels
 Minutes = list[dict[str, Any]]
-
-
-class Clock(Protocol):
-    """Returns a time as a label of an axis, with the day if the axis is longer than an hour."""
-
-    def __call__(self, at: float, *, has_day: bool) -> str: ...
+Clock = Callable[[float, bool], str]  # returns a time as a label of an axis; True: with the day
 
 
 TIMES_KEYS = """<div class="keys"><b>Wait and run time</b><span><i class="wait line"></i>wait</span>
@@ -293,7 +283,7 @@ def _frame(
         for number, (each, tip) in enumerate(zip(minutes, tips, strict=True))
     )
     has_day = minutes[1]["at"] - minutes[0]["at"] > 60
-    quarters = [clock(minutes[len(minutes) * quarter // 4]["at"], has_day=has_day) for quarter in range(4)]
+    quarters = [clock(minutes[len(minutes) * quarter // 4]["at"], has_day) for quarter in range(4)]
     summary = " ".join(re.sub("<[^>]*>", " ", keys).split())
     return f"""<figure><figcaption>{keys}</figcaption>
 <svg class="up" aria-hidden="true">{labels}</svg>

@@ -514,14 +514,10 @@ BULK_ACTIONS = {  # the states in which each is possible
 }
 
 
-def bulk_actions(query: dashboard.Query) -> list[str]:
-    """Return the actions that are possible in one of the states of the filter at least."""
-    states = query.get("state") or pqueue.STATES
-    return [name for name, possible in BULK_ACTIONS.items() if set(states) & set(possible)]
-
-
-def label(action: str) -> str:
-    return action.replace("_", " ")
+def bulk_actions(query: dashboard.Query) -> dict[str, str]:
+    """Return the actions that are possible in one of the states of the filter at least, and their labels."""
+    states = set(query.get("state") or pqueue.STATES)
+    return {name: name.replace("_", " ") for name, possible in BULK_ACTIONS.items() if states & set(possible)}
 
 
 def texts(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
