@@ -579,13 +579,12 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
     def _release(self, session: Session, job: Job, now: float, run_at: float | None = None) -> bool:
         """Make a job pending again, or schedule it for run_at, without counting this delivery; record it if it had
         begun. The history keeps the last of several delays only."""
-        params = {"id": job.id, "token": job.lease_token, "now": now, "error": None, "run_at": run_at}
-        has_begun = run_at is not None or bool(job.lease_token and self._has_begun(session, job))
-        if run_at is not None:
-            if not session.change(pqueue_schema.SNOOZED_AGAIN, {**params, "actor": job.consumer}):
-                session.change(pqueue_schema.RECORD, {**params, "event": "snoozed", "actor": job.consumer})
-        elif has_begun:
-            session.change(pqueue_schema.RECORD, {**params, "event": "released", "actor": job.consumer})
+        event = "released" if run_at is None else "snoozed"
+        params = {"id": job.id, "token": job.lease_token, "now": now, "run_at": run_at}
+        params |= {"event": event, "actor": job.consumer, "error": None}
+        has_begun = job.lease_token is not None and (event == "snoozed" or self._has_begun(session, job))
+        if has_begun and not (event == "snoozed" and session.change(pqueue_schema.SNOOZED_AGAIN, params)):
+            session.change(pqueue_schema.RECORD, params)
         session.wakes = True
         if not session.change(pqueue_schema.RELEASE, params):
             return False

@@ -368,6 +368,7 @@ class QueueContract:
 
     def test_operator_reads_why_a_verb_was_refused(self):
         q, finished, running = self.queue, self.in_state("completed").id, self.in_state("processing").id
+        new = q.get(q.enqueue("t"))
         for message, verb in {
             f"cannot cancel job {finished}: it is completed": lambda: q.cancel(finished),
             f"cannot mark as failed job {finished}: it is completed": lambda: q.mark_failed(finished),
@@ -375,6 +376,7 @@ class QueueContract:
             f"cannot resubmit job {running}: it is processing": lambda: q.resubmit(running),
             f"cannot change job {running}: it is processing": lambda: q.change(running, priority=1),
             f"cannot advance job {finished}: it is completed": lambda: q.run_now(finished),
+            f"cannot release job {new.id}: it is pending": lambda: q.release(new, delay_seconds=5),
         }.items():
             with self.assertRaisesRegex(InvalidTransition, f"^{message}$"):
                 verb()
