@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from pqueue_backend import Session
 from pqueue_handlers import Handling
-from pqueue_outcomes import count_job
+from pqueue_outcomes import count_events
 from pqueue_schema import CHILDREN, FOR_EACH, HOLDS_KEY, KEY_IS_FREE, STATE, STATES_OF, THESE, UNFINISHED
 from pqueue_search import Reading, excerpt_columns
 from pqueue_values import Job, JobNotFound, short, to_excerpt, to_json, valid_id, valid_int, valid_list
@@ -160,9 +160,8 @@ class Depending(Handling, Reading):
         if not lost:
             return []
         session.change(RECORD_FAILURES, {"ids": to_json(lost), "now": now})
-        for job_id in lost:
-            # guard: a job that fails with a parent is counted
-            count_job(session, job_id, "failed", now)
+        # guard: a job that fails with a parent is counted
+        count_events(session, lost, "failed", now)
         session.finished += lost
         # guard: a job that failed with another one is handled
         self._handle_failures(session, lost, now)

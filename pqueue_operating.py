@@ -18,7 +18,7 @@ import pqueue_schema
 from pqueue_backend import Session
 from pqueue_dependencies import FREE_KEYS, NEEDED, Depending
 from pqueue_groups import Grouping, valid_group, valid_rate
-from pqueue_outcomes import Counting, count_job
+from pqueue_outcomes import Counting, count_events
 from pqueue_schema import FINISHED, UNTAKEN
 from pqueue_search import Filters
 from pqueue_tasks import actor
@@ -131,7 +131,7 @@ class Operating(Grouping, Depending, Counting):
             session.change(pqueue_schema.RECORD, {**params, "event": event, "actor": actor(by)})
             # guard: a job that an operator ends is counted
             if sql is pqueue_schema.END:
-                count_job(session, job_id, params["state"], params["now"])
+                count_events(session, [job_id], params["state"], params["now"])
             done = session.change(sql, params)
             # guard: resubmit takes a key whose time is over
             if not done and allowed and session.change(FREE_KEYS, {"ids": to_json([job_id]), "now": params["now"]}):

@@ -23,8 +23,8 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from pqueue_backend import Backend, Session
-from pqueue_schema import LAST_COMPLETION, LAST_COUNTED
-from pqueue_values import Job, Params, above_0, finite, interval, time_of, valid_number
+from pqueue_schema import LAST_COMPLETION, LAST_COUNTED, THESE
+from pqueue_values import Job, Params, above_0, finite, interval, time_of, to_json, valid_number
 
 BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)  # seconds, inclusive
 UNTIMED = -1  # the bucket of an event without a time
@@ -51,10 +51,11 @@ INSERT INTO outcomes ({NEW})
 VALUES (60, :at, :queue, :task, :event, :run, :wait, :number, :run_seconds, :wait_seconds)
 {SUM}"""
 
-# Count an event of a job.
-COUNT_JOB = f"""
+# Count an event of these jobs. :ids is a JSON array.
+COUNT_EVENTS = f"""
 INSERT INTO outcomes ({NEW})
-SELECT 60, :at, queue, task, :event, {UNTIMED}, {UNTIMED}, 1, 0, 0 FROM jobs WHERE id = :id
+SELECT 60, :at, queue, task, :event, {UNTIMED}, {UNTIMED}, count(*), 0, 0 FROM jobs
+WHERE id {THESE} GROUP BY queue, task
 {SUM}"""
 
 
@@ -319,9 +320,9 @@ def count(session: Session, queue: str, task: str, event: str, now: float, numbe
     session.change(COUNT, {**params, "run": UNTIMED, "wait": UNTIMED, "run_seconds": 0.0, "wait_seconds": 0.0})
 
 
-def count_job(session: Session, job_id: int, event: str, now: float) -> None:
-    """Count an event of a job without a time; event is one of EVENTS."""
-    session.change(COUNT_JOB, {"at": minute(now), "id": job_id, "event": event})
+def count_events(session: Session, job_ids: list[int], event: str, now: float) -> None:
+    """Count an event of each of these jobs, without a time; event is one of EVENTS."""
+    session.change(COUNT_EVENTS, {"at": minute(now), "ids": to_json(job_ids), "event": event})
 
 
 def count_attempts(session: Session, jobs: Sequence[Job], event: str, now: float) -> None:

@@ -1186,11 +1186,12 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
     wait_seconds = outcomes.wait_seconds + excluded.wait_seconds;
 
--- COUNT_JOB
--- Count an event of a job.
--- $1 at, $2 event, $3 id
+-- COUNT_EVENTS
+-- Count an event of these jobs. :ids is a JSON array.
+-- $1 at, $2 event, $3 ids
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
-SELECT 60, $1, queue, task, $2, -1, -1, 1, 0, 0 FROM pqueue.jobs WHERE id = $3
+SELECT 60, $1, queue, task, $2, -1, -1, count(*), 0, 0 FROM pqueue.jobs
+WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($3 AS pg_catalog.json)) AS bigint))) GROUP BY queue, task
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
