@@ -59,7 +59,7 @@ class Handling(Backend):
         The handler that `@task(on_failed=…)` gives to a task takes precedence over that of the queue. The job of a
         handler has no handler itself.
         """
-        handler = None if task is None else task.name if isinstance(task, Task) else task
+        handler = None if task is None else valid_name("task", task.name if isinstance(task, Task) else task)
         self._set_handler(f"queue:{valid_name('queue', queue)}", handler, by, now)
 
     def declare_handlers(self, tasks: Iterable[Task[..., Any]], *, now: float | None = None) -> None:
@@ -75,8 +75,6 @@ class Handling(Backend):
         return dict(self._read(HANDLERS))
 
     def _set_handler(self, name: str, task: str | None, by: str | None, now: float | None) -> None:
-        if task is not None:
-            valid_name("task", task)
         with self._transaction() as session:
             self.record(f"set failure handler of {name.replace(':', ' ', 1)}: {task or 'none'}", by=by, now=now)
             if task is None:
