@@ -274,18 +274,18 @@ class SQLiteSession(Session):
 
     @property
     def has_ended(self) -> bool:
-        try:
-            return not self.connection.in_transaction
-        except sqlite3.ProgrammingError:  # closed by another thread, or by user code
-            return True
+        return not self._is_in_transaction()
 
     def was_closed(self) -> bool:
         """Return whether user code has closed the connection."""
+        return self._is_in_transaction() is None
+
+    def _is_in_transaction(self) -> bool | None:
+        """Return None if the connection was closed: by another thread, or by user code."""
         try:
-            self.connection.in_transaction  # noqa: B018 - raises if it is closed
+            return self.connection.in_transaction
         except sqlite3.ProgrammingError:
-            return True
-        return False
+            return None
 
     def insert(self, sql: str, params: Params) -> list[int]:
         is_alone = self.depth == 0
@@ -1166,7 +1166,6 @@ class PersistentQSQLite(PersistentQInterface):
             self._consumer_locks = self._result_locks = None
             if not self._sessions:  # otherwise a thread is inside a call, for which a fork must wait
                 _queues.discard(self)
-        self._local = threading.local()
 
     @staticmethod
     def _before_fork() -> None:
