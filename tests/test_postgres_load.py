@@ -1199,15 +1199,20 @@ def test_program_says_once_that_it_cannot_wake_consumers(small_notify_queue, com
     """Until it could again."""
     queue, url = small_notify_queue
     queue.commit_seconds = commit_seconds
+
+    def warnings():
+        return [record.message.count("cannot wake consumers, which look") for record in caplog.records]
+
     for _ in range(2):
         with full_notify_queue(url):
             for _ in range(3):
                 queue.enqueue("t")
+                assert warnings() == [1]
                 with queue.transaction():
                     queue.enqueue("t")
         queue.enqueue("t")
         queue.enqueue("t")
-        assert [record.message.count("cannot wake consumers, which look") for record in caplog.records] == [1]
+        assert warnings() == [1]
         caplog.clear()
 
 
