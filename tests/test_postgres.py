@@ -1530,6 +1530,18 @@ def test_consumer_without_turns_sees_a_group_whose_rate_allows_a_job_again(datab
         assert queue.dequeue("w", now=13.0).group == "a"
 
 
+def test_consumer_without_turns_claims_in_one_statement_while_all_groups_are_at_their_limit(database, monkeypatch):
+    monkeypatch.setattr(pqueue, "DEAD_CHECK_SECONDS", 3600.0)
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
+        queue.limit("grouped", running=1)
+        queue.enqueue_many("t", range(2))
+        other.enqueue_many("t", range(2), queue="grouped", group="a")
+        assert [len(other.dequeue_many("v", 2, queues=["grouped"])) for _ in range(2)] == [1, 0]
+        assert queue.dequeue("w")
+        monkeypatch.setattr(queue, "_step_by_step", mock.Mock())
+        assert queue.dequeue("w")
+
+
 def test_consumer_knows_that_a_job_of_a_group_is_due_that_is_not_listed_yet(database):
     with closing(PersistentQSQLAlchemy(database)) as queue:
         queue.enqueue("t", group="a")
