@@ -421,8 +421,7 @@ class OnSQLite(PersistentQSQLAlchemy, PersistentQSQLite):
         session = self._transaction()
         if not session.busy:
             self._wrapped[session] = _again(self._wrapped.get(session)) or _wrap(session.connection)
-        with session.user_transaction():
-            session.runs_user_code = True
+        with super().transaction():
             yield self._wrapped[session]
 
 

@@ -174,6 +174,17 @@ class SQLAlchemyOnSQLiteContract(QueueContract, unittest.TestCase):
             self.queue.enqueue("t")
         self.assertEqual(self.queue.count_jobs(), 1)
 
+    def test_transaction_that_lost_its_lock_raises_and_its_connection_is_renewed(self):
+        queue = self.open_here()
+        with self.assertRaisesRegex(QueueError, "cannot commit.*its lock was lost"), queue.transaction() as db:
+            self.execute(db, "CREATE TABLE business (n INTEGER)")
+            Path(f"{self.path}-shm").read_bytes()  # which releases the locks of this process
+        self.assertTrue(queue.has_lent_connection)  # so that a consumer renews it before the next job
+        queue.renew_connection()
+        self.assertFalse(queue.has_lent_connection)
+        with queue.transaction() as db:
+            self.execute(db, "CREATE TABLE business (n INTEGER)")
+
 
 @pytest.mark.parametrize("backend", ["sqlite", "postgresql"])
 def test_transaction_has_no_options_that_the_one_before_set(tmp_path, database, backend):
