@@ -55,7 +55,6 @@ import re
 import socket
 import threading
 import time
-from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
@@ -527,17 +526,37 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         """Lease up to :limit jobs, and return their rows."""
         return session.run(pqueue_schema.CLAIM, params)
 
-    @abstractmethod
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         """Complete these jobs, and return those whose lease was lost."""
+        lost: list[Job] = []
+        others: list[Job] = []
+        for job, result in completions:
+            params = {"id": job.id, "token": job.lease_token, "result": result, "now": now}
+            if session.change(pqueue_schema.COMPLETE, params):
+                continue
+            if session.change(pqueue_schema.COMPLETE_PARENT, params):
+                others.append(job)
+            else:
+                # guard: complete_and_dequeue reports a lost lease
+                lost.append(job)
+        if others:
+            # guard: a completed job is counted
+            self._count_completed(session, others, now)
+            # guard: completed jobs promote those that wait for them
+            self._follow_up(session, [job.id for job in others], now, completed=True)
+        return lost
 
     def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:
         """Make a `processing` job `completed`, with a JSON-serializable result. Raises LeaseLost."""
-        completions = [(valid_job(job), encode_result(result))]
+        token, encoded = valid_job(job).lease_token, encode_result(result)
         with self._transaction(in_batch=True) as session:
+            at = self._time(now)
+            params = {"id": job.id, "token": token, "result": encoded, "now": at}
             # guard: complete needs a held lease
-            if self._complete_all(session, completions, self._time(now)):
+            if not session.change(pqueue_schema.COMPLETE, params) and self._complete_all(session, [(job, encoded)], at):
                 _refuse(session, "complete", job)
+            if job.id % ROLL_UP_JOBS == 0:
+                self._count_new(session)
             session.finished.append(job.id)
 
     def fail(

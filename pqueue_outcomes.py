@@ -286,6 +286,10 @@ class Counting(Backend):
             for name, wait, share in self._read(EXPECTATIONS)
         }
 
+    def _count_completed(self, session: Session, jobs: Sequence[Job], now: float) -> None:
+        """Count jobs that COMPLETE_PARENT completed."""
+        count_attempts(session, jobs, "completed", now)
+
     def _count_new(self, session: Session) -> None:
         """Count the new jobs and the completions that were not counted yet.
 

@@ -371,6 +371,13 @@ FROM done GROUP BY queue, task, {BUCKET.format(RUN)}, {BUCKET.format(WAIT)}
 {SUM}"""
 
 
+def _and_count(complete: str) -> str:
+    return f"""
+WITH done AS ({complete} RETURNING queue, task, run_at, started_at, finished_at),
+counted AS ({_COUNT_COMPLETED})
+SELECT FROM done"""
+
+
 def _of_dependencies(these: str) -> str:
     return f"""
 id = ANY (ARRAY(SELECT id FROM dependencies WHERE job_id {these}
@@ -403,6 +410,10 @@ DIFFERENCES = {
         pqueue_outcomes.TOTAL: pqueue_outcomes.whole(""),
         pqueue_move.COPY_JOB: _counted(pqueue_move.COPY_JOB, ":created_at"),
         pqueue_handlers.ADD_HANDLER_JOB: _counted(pqueue_handlers.ADD_HANDLER_JOB),
+    },
+    "it is counted in the same round trip": {
+        pqueue_schema.COMPLETE: _and_count(f"{pqueue_schema.COMPLETE_PARENT} AND has_dependents = 0"),
+        pqueue_schema.COMPLETE_PARENT: _and_count(pqueue_schema.COMPLETE_PARENT),
     },
     "others may add them up at the same time: ADD_UP also deletes them": {
         pqueue_outcomes.ADD_UP: f"""{_taken("FROM outcomes WHERE period = 60 AND at < :before AND shard = 0")}

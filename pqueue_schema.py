@@ -526,6 +526,14 @@ SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS (SELECT 1 FROM 
 # guard: no delivery after the last attempt was lost
 REDELIVER = f"UPDATE jobs SET state = 'pending', error = :error, {NO_LEASE} WHERE {HELD} AND attempts < max_attempts"
 
+# Complete a job with its result.
+COMPLETE_PARENT = f"UPDATE jobs SET {COMPLETED}, result = :result WHERE {HELD}"
+
+# Complete a job with its result, unless others may depend on it, or SQLite has counted later completions.
+# guard: a job that others wait for is completed with them
+# guard: a completion is counted although later ones were
+COMPLETE = f"{COMPLETE_PARENT} AND has_dependents = 0 AND :now > {LAST_COMPLETION}"
+
 # Make a job failed.
 FAIL = f"UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE} WHERE {HELD}"
 

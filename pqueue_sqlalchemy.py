@@ -20,7 +20,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from itertools import chain
@@ -836,8 +836,8 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         """Do it in one statement."""
         params = _completed(completions)
-        if len(params["ids"]) < len(completions):  # a job is among them twice
-            return [job for each in completions for job in self._complete_all(session, [each], now)]
+        if len(params["ids"]) < len(completions):
+            return super()._complete_all(session, completions, now)
         done = dict(session.run(pqueue_postgres.COMPLETE_ALL, {**params, "now": now})) if completions else {}
         parents = [job_id for job_id, has_dependents in done.items() if has_dependents]
         self._follow_up(session, parents, now, completed=True)
@@ -997,6 +997,9 @@ SELECT quote_ident(current_user), (SELECT string_agg(one, ', ') FROM unnest(%s::
     def _lock_jobs(self, session: Session, job_ids: list[int]) -> None:
         sql = "SELECT id FROM jobs WHERE id = ANY (CAST(:ids AS bigint[])) ORDER BY id FOR UPDATE"
         session.run(sql, {"ids": job_ids})
+
+    def _count_completed(self, session: Session, jobs: Sequence[Job], now: float) -> None:
+        """Do nothing: the statement that completes a job counts it."""
 
     def _add_to_total(self, session: Session, before: Params) -> None:
         session.change(pqueue_postgres.ADD_TO_TOTAL, before)

@@ -60,7 +60,6 @@ from pqueue_schema import (
     ASSIGNED,
     COMPLETED,
     ENQUEUE,
-    HELD,
     INDEXED,
     LAST_COMPLETION,
     LAST_COUNTED,
@@ -107,14 +106,6 @@ _PENDING_NOW = "(SELECT count(*) FROM jobs WHERE queue = name AND state = 'pendi
 MISCOUNTED = f"SELECT name FROM queues WHERE max_pending IS NOT NULL AND pending <> {_PENDING_NOW}"
 
 # Statements that only SQLite has
-
-# Complete a job with its result.
-COMPLETE_PARENT = f"UPDATE jobs SET {COMPLETED}, result = :result WHERE {HELD}"
-
-# Complete a job with its result, unless others may depend on it, or SQLite has counted later completions.
-# guard: a job that others wait for is completed with them
-# guard: a completion is counted although later ones were
-COMPLETE = f"{COMPLETE_PARENT} AND has_dependents = 0 AND :now > {LAST_COMPLETION}"
 
 # Complete jobs of a claim. :results is a JSON object of their ids and results.
 # guard: a batch completes under its token only
@@ -817,9 +808,10 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         are_many = len(completions) >= MANY_COMPLETIONS
-        if are_many or 0 in [job.id % ROLL_UP_JOBS for job, _ in completions]:
+        if are_many or any(job.id % ROLL_UP_JOBS == 0 for job, _ in completions):
             self._count_new(session)
-        if len(completions) > 1 and len(tokens := {job.lease_token for job, _ in completions}) == 1:  # of one claim
+        tokens = {job.lease_token for job, _ in completions}
+        if len(completions) > 1 and len(tokens) == 1:  # of one claim
             results = {job.id: result for job, result in completions}
             params = {"results": to_json(results), "token": tokens.pop(), "now": now}
             with suppress(LeaseLost), session:
@@ -835,26 +827,7 @@ class PersistentQSQLite(PersistentQInterface):
                     # guard: a few completions are counted although later ones were
                     self._count_completed(session, jobs, now)
                 return []
-        return self._complete_each(session, completions, now)
-
-    def _complete_each(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
-        lost: list[Job] = []
-        others: list[Job] = []
-        for job, result in completions:
-            params = {"id": job.id, "token": job.lease_token, "result": result, "now": now}
-            if session.change(COMPLETE, params):
-                continue
-            if session.change(COMPLETE_PARENT, params):
-                others.append(job)
-            else:
-                # guard: complete_and_dequeue reports a lost lease
-                lost.append(job)
-        if others:
-            # guard: a completed job is counted
-            self._count_completed(session, others, now)
-            # guard: completed jobs promote those that wait for them
-            self._follow_up(session, [job.id for job in others], now, completed=True)
-        return lost
+        return super()._complete_all(session, completions, now)
 
     def _store(self, sql: str, row: Params) -> list[JobId[Any]]:
         if sql is ENQUEUE:
@@ -869,7 +842,7 @@ class PersistentQSQLite(PersistentQInterface):
     def _count_completed(self, session: Session, jobs: Sequence[Job], now: float) -> None:
         # guard: a completion that is counted later is not counted now
         if now <= session.run(COUNTED_UNTIL)[0][0]:
-            count_attempts(session, jobs, "completed", now)
+            super()._count_completed(session, jobs, now)
 
     def _count_new(self, session: Session) -> None:
         last, newest, until, latest = session.run(COUNTED)[0]

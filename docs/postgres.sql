@@ -599,6 +599,38 @@ SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, 
 -- $1 error, $2 id, $3 token
 UPDATE pqueue.jobs SET state = 'pending', error = $1, lease_token = NULL, lease_expires_at = NULL WHERE id = $2 AND lease_token = $3 AND attempts < max_attempts;
 
+-- COMPLETE_PARENT
+-- Complete a job with its result.
+-- differs because it is counted in the same round trip
+-- $1 now, $2 result, $3 id, $4 token
+WITH done AS (UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = $2 WHERE id = $3 AND lease_token = $4 RETURNING queue, task, run_at, started_at, finished_at),
+counted AS (
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, CAST(floor(least(greatest($1, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
+    count(*), sum(greatest(0, finished_at - started_at)), sum(greatest(0, started_at - run_at))
+FROM done GROUP BY queue, task, 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001])
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds)
+SELECT FROM done;
+
+-- COMPLETE
+-- Complete a job with its result, unless others may depend on it, or SQLite has counted later completions.
+-- differs because it is counted in the same round trip
+-- $1 now, $2 result, $3 id, $4 token
+WITH done AS (UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = $2 WHERE id = $3 AND lease_token = $4 AND has_dependents = 0 RETURNING queue, task, run_at, started_at, finished_at),
+counted AS (
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, CAST(floor(least(greatest($1, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
+    count(*), sum(greatest(0, finished_at - started_at)), sum(greatest(0, started_at - run_at))
+FROM done GROUP BY queue, task, 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001])
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds)
+SELECT FROM done;
+
 -- FAIL
 -- Make a job failed.
 -- $1 now, $2 error, $3 id, $4 token

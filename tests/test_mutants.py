@@ -64,7 +64,7 @@ class Mutant:
 MUTANTS = [
     # who may settle
     Mutant("a verb under a lease needs the current token", HISTORY, " AND lease_token = :token", ""),
-    Mutant("complete needs a held lease", HISTORY, "self._complete_all(session, completions, self._time(now))", "self._complete_all(session, completions, self._time(now)) is None"),
+    Mutant("complete needs a held lease", HISTORY, "and self._complete_all(session, [(job, encoded)], at)", "and self._complete_all(session, [(job, encoded)], at) is None"),
     Mutant("complete_and_dequeue reports a lost lease", HISTORY),
     Mutant("a batch completes under its token only", "contract: reclaimed_job_of_its_batch", " AND lease_token = :token", ""),
     Mutant("complete_and_dequeue reports a lost lease in a batch", "contract: reclaimed_job_of_its_batch"),
