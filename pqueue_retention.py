@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from types import EllipsisType
 from typing import Any
 
 import pqueue_schema
 from pqueue_backend import Session
-from pqueue_groups import FORGET_GROUPS
-from pqueue_operating import Operating
+from pqueue_dependencies import Depending
+from pqueue_groups import FORGET_GROUPS, Grouping
+from pqueue_outcomes import Counting, count_events
 from pqueue_schema import FINISHED
 from pqueue_values import (
     EXPIRED,
-    InvalidTransition,
     Params,
     above_0,
     at_least_0,
@@ -38,16 +37,22 @@ CONSUMERS_KEPT_SECONDS = 30 * 86400.0
 Keep = str | float | timedelta | None | EllipsisType
 
 
-class Retaining(Operating):
+class Retaining(Grouping, Depending, Counting):
     """The operations that cancel expired jobs and delete finished ones."""
 
     def _cancel_expired(self, session: Session, now: float) -> int:
         """Cancel jobs that have expired; return how many."""
         expired = session.run(pqueue_schema.EXPIRING, {"now": now, "limit": EXPIRE_BATCH})
+        cancelled: list[int] = []
         for job_id, at, error in expired:
-            ended = {"state": "cancelled", "error": _expiry_error(at, error)}
-            with suppress(InvalidTransition):  # it may have failed with one that it waits for
-                self._operator_verb("cancel", "cancelled", pqueue_schema.END, job_id, "expires_at", now, **ended)
+            params = {"id": job_id, "now": now, "state": "cancelled", "event": "cancelled", "actor": "expires_at"}
+            params["error"] = _expiry_error(at, error)
+            if session.change(pqueue_schema.END, params):  # it may have failed with one that it waits for
+                session.change(pqueue_schema.RECORD, params)
+                cancelled.append(job_id)
+                # guard: a job that has expired is followed up
+                self._job_ended(session, job_id, now)
+        count_events(session, cancelled, "cancelled", now)
         return len(expired)
 
     def keep(

@@ -215,6 +215,7 @@ MUTANTS = [
     Mutant("metadata of the application is no part of a claim", "contract: whatever_the_metadata", "or not _has_metadata.get()", ""),
     # expiry
     Mutant("jobs that have expired are cancelled", "contract: does_not_start_in_time"),
+    Mutant("a job that has expired is followed up", "contract: after_one_that_expires"),
     Mutant("a job that has expired is not delivered", "contract: expired_are_cancelled_however_many"),
     # dependencies
     Mutant("a job that others wait for is completed with them", "contract: waits_until_all", " AND has_dependents = 0", ""),
