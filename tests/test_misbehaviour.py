@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -1864,7 +1864,12 @@ def test_ctrl_c_ends_a_consumer_in_the_main_thread_of_an_application(place, is_a
         await asyncio.sleep(0)
 
     queue = place.queue()
-    with registered("busy", interrupted if is_async else lambda: signal.raise_signal(signal.SIGINT)):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    with (
+        registered("busy", interrupted if is_async else lambda: signal.raise_signal(signal.SIGINT)),
+        ExitStack() as undo,
+    ):
+        undo.callback(signal.signal, signal.SIGINT, before)
         ids = [queue.enqueue("busy", max_attempts=attempts) for _ in range(2)]
         with pytest.raises(KeyboardInterrupt):
             Consumer(queue, "embedded", drain=True).run()
