@@ -539,8 +539,12 @@ class OnPostgres(PersistentQSQLAlchemy):
             pqueue_schema.expect_known(self.name, self._number(found))
 
     def _new_link(self) -> Link:
-        with self._db_errors():
-            return Link(self._connect_raw(), self._settings, pooled=self.pooled)
+        with ExitStack() as undo, self._db_errors():
+            driver = self._connect_raw()
+            undo.callback(driver.close)
+            link = Link(driver, self._settings, pooled=self.pooled)
+            undo.pop_all()
+        return link
 
     def _wrap(self, driver: psycopg.Connection[Any]) -> sqlalchemy.Connection:
         """Return an SQLAlchemy connection that leaves BEGIN, COMMIT and closing to the owner of `driver`."""

@@ -56,6 +56,19 @@ def connections(admin):
 # How many there are
 
 
+def test_connection_whose_settings_the_server_refuses_is_closed(admin, queue, monkeypatch):
+    def refuse(_):
+        raise psycopg.OperationalError("the server refuses")
+
+    queue.enqueue("t")
+    before = connections(admin)
+    monkeypatch.setattr(pqueue_connections.Link, "note_path", refuse)
+    with queue.transaction(), ThreadPoolExecutor(1) as thread:
+        error = thread.submit(queue.enqueue, "t").exception()  # which keeps what its frames refer to
+    assert "the server refuses" in str(error)
+    wait_until(lambda: connections(admin) == before)
+
+
 def test_idle_consumer_has_one_connection_and_one_in_a_transaction_two(admin, queue):
     assert queue.dequeue("w") is None
     for _ in range(3):
@@ -67,7 +80,7 @@ def test_idle_consumer_has_one_connection_and_one_in_a_transaction_two(admin, qu
     job = queue.dequeue("w")
     extended = threading.Thread(target=queue.extend, args=(job, 60))
     with queue.transaction():
-        queue.complete(job) if False else queue.enqueue("follow-up")
+        queue.enqueue("follow-up")
         extended.start()
         extended.join()
         assert connections(admin) == 2
