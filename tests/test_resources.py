@@ -356,16 +356,17 @@ def test_lease_outlives_a_job_that_takes_all_memory_for_longer(place):
 
 def test_watch_outlives_a_moment_without_memory(place, monkeypatch):
     queue = place.queue()
-    calls = []
+    calls, extend_all = [], queue.extend_all
 
-    def extend(*_):
+    def extend(*arguments, **options):
         calls.append(1)
         if len(calls) == 1:
             raise MemoryError
+        return extend_all(*arguments, **options)
 
     for name in list(pqueue.TASKS):
         monkeypatch.delitem(pqueue.TASKS, name)
-    monkeypatch.setattr(queue, "extend", extend)
+    monkeypatch.setattr(queue, "extend_all", extend)
     pqueue.task("slow")(lambda job: wait_until(lambda: len(calls) > 2))
     queue.enqueue("slow")
     Consumer(queue, "w", lease_seconds=0.2, max_jobs=1).run()
