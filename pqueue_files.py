@@ -150,8 +150,8 @@ class FileLocks:
         for key, locks in list(cls._open.items()):
             # guard: locks of other connections are kept
             if not locks._users and _count_open(key, locks._files) == 0:
-                locks.close()
-                del cls._open[key]
+                if cls._open.pop(key, None):  # garbage collection may have done it meanwhile, for another session
+                    locks.close()
 
     @classmethod
     def abandon(cls) -> None:

@@ -1139,6 +1139,7 @@ class PersistentQSQLite(PersistentQInterface):
             self._consumer_locks = self._result_locks = None
             if not self._sessions:  # otherwise a thread is inside a call, for which a fork must wait
                 _queues.discard(self)
+        self._local = threading.local()  # frees the session now, not when garbage is collected
 
     @staticmethod
     def _before_fork() -> None:

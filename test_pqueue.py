@@ -6556,6 +6556,21 @@ for _ in range(20):
                 queue.close()
         self.assertEqual(codes, [0, 0])
 
+    def test_queue_is_closed_although_garbage_collection_closes_its_locks_first(self):
+        count, is_collecting = pqueue_files._count_open, []
+
+        def collected(*arguments):
+            if not is_collecting:
+                is_collecting.append(True)
+                pqueue_files.FileLocks.close_unused()  # as the end of another session that nobody refers to
+                is_collecting.clear()
+            return count(*arguments)
+
+        queue = self.open()
+        queue.enqueue("t")
+        with mock.patch.object(pqueue_files, "_count_open", collected):
+            queue.close()
+
     def test_forked_child_has_no_lock_of_a_queue_that_is_closed_during_a_call(self):
         queue, begun, end = self.open(), threading.Event(), threading.Event()
 
