@@ -149,9 +149,10 @@ class FileLocks:
         """Close unused descriptors, unless another descriptor of the same file would lose its POSIX locks."""
         for key, locks in list(cls._open.items()):
             # guard: locks of other connections are kept
-            if not locks._users and _count_open(key, locks._files) == 0:
-                if cls._open.pop(key, None):  # garbage collection may have done it meanwhile, for another session
-                    locks.close()
+            is_unused = not locks._users and _count_open(key, locks._files) == 0
+            # Meanwhile, garbage collection may have closed them for another session.
+            if is_unused and cls._open.pop(key, None) is not None:
+                locks.close()
 
     @classmethod
     def abandon(cls) -> None:
