@@ -399,8 +399,8 @@ def test_removal_of_the_last_limit_deadlocks_with_nothing(stage, monkeypatch):
     name = stage.db.info.dbname
     stage.db.execute(f"ALTER DATABASE {name} SET deadlock_timeout = '1ms'")
     stage.db.execute(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND "
-        "pid <> pg_backend_pid()"
+        "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = current_database() AND "
+        "pid <> pg_backend_pid()"  # waits until they have ended: else a queue uses its connection once more
     )
 
     def limit_and_unlimit(queue, me, job):
