@@ -288,7 +288,7 @@ class Link:
         is_shadowed = "pg_catalog" in path and not path.startswith("pg_catalog")
         if is_shadowed:
             self.driver.execute(setting({"search_path": NEEDED["search_path"]}, for_good=False))
-        # In a pipeline of the application, one of its own reads the result at its end.
+        # In the application's pipeline, results would come later: a nested pipeline reads them when it ends.
         with self.driver.pipeline() if self.driver.pgconn.pipeline_status else nullcontext():
             yield
         if is_shadowed:

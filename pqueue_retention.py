@@ -52,7 +52,8 @@ class Retaining(Grouping, Depending, Counting):
                 cancelled.append(job_id)
                 # guard: a job that has expired is followed up
                 self._job_ended(session, job_id, now)
-        count_events(session, cancelled, "cancelled", now)
+        if cancelled:
+            count_events(session, cancelled, "cancelled", now)
         return len(expired)
 
     def keep(

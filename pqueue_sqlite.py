@@ -656,7 +656,7 @@ class PersistentQSQLite(PersistentQInterface):
         # guard: a child forked inside a transaction is refused
         if self.path in _inherited_open:
             raise QueueError(f"cannot use {self.path}: this process was forked inside a transaction; fork before it")
-        for session in [each for queue in _queues for each in queue._sessions if queue.path == self.path]:
+        for session in [each for queue in list(_queues) if queue.path == self.path for each in list(queue._sessions)]:
             # guard: SQLite is not given a closed descriptor that it has kept
             session.expect_files_open()
         with ExitStack() as undo, self._sqlite_errors():

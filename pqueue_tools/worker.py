@@ -72,9 +72,10 @@ def failure_of(error: BaseException, job: Job) -> Failure:
 
 
 def is_ctrl_c(error: BaseException) -> bool:
-    """Return whether this is Ctrl-C, in a program that shows it so, and not raised by a task."""
-    is_shown = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    return type(error) is KeyboardInterrupt and is_shown and threading.current_thread() is threading.main_thread()
+    """Return whether this may be Ctrl-C, for which Python raises KeyboardInterrupt in the main thread."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    is_raised = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return in_main_thread and is_raised and type(error) is KeyboardInterrupt
 
 
 class Consumer:
@@ -171,6 +172,8 @@ class Consumer:
         with leases.in_thread(self._leases) if self.is_embedded else nullcontext():
             outcome = self._run()
         if self._had_ctrl_c:
+            self._had_ctrl_c = False
+            self._fields[fields.STOP] -= 2
             raise KeyboardInterrupt
         return outcome
 
@@ -373,7 +376,8 @@ class Consumer:
 
     def _failure_of(self, error: BaseException, job: Job) -> Failure:
         if self.is_embedded and is_ctrl_c(error):
-            self._had_ctrl_c, self._fields[fields.STOP] = True, 2
+            self._had_ctrl_c = True
+            self._fields[fields.STOP] += 2
             error = Interrupt(Stopped()).with_traceback(error.__traceback__)
         return failure_of(error, job)
 

@@ -1871,14 +1871,18 @@ def test_ctrl_c_ends_a_consumer_in_the_main_thread_of_an_application(place, is_a
     ):
         undo.callback(signal.signal, signal.SIGINT, before)
         ids = [queue.enqueue("busy", max_attempts=attempts) for _ in range(2)]
+        runner = Consumer(queue, "embedded", drain=True)
         with pytest.raises(KeyboardInterrupt):
-            Consumer(queue, "embedded", drain=True).run()
+            runner.run()
     job, other = map(queue.get, ids)
     if attempts == 1:
         assert job.error.startswith("Stopped: stopped while it ran; not run again because max_attempts is 1")
     else:
         assert (job.state, job.attempts) == ("pending", 0)
     assert (other.state, other.attempts) == ("pending", 0)
+    with registered("busy", lambda: None):
+        assert runner.run()  # again
+    assert queue.get(other.id).state == "completed"
 
 
 def test_consumer_accepts_durations(place):
